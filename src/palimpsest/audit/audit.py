@@ -1,0 +1,206 @@
+"""The audit: every model through the same battery, every score beside its controls, a verdict with reasons."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from palimpsest.audit.battery import Battery, Reading
+from palimpsest.audit.environment import environment
+from palimpsest.audit.evidence import RunFolder
+from palimpsest.audit.results import Audit, Audited, Example, Role, TracePoint
+from palimpsest.audit.verdict import Evidence, judge, margin
+from palimpsest.errors import SpecError
+from palimpsest.metrics.collapse import collapse
+from palimpsest.metrics.scores import Equivalence, Row, Score
+from palimpsest.metrics.statistics import clustered_mean, equivalence
+from palimpsest.models.language_model import LanguageModel
+from palimpsest.progress import progress
+from palimpsest.unlearn.request import Request
+from palimpsest.unlearn.update import Update
+
+EXAMPLES_PER_SET = 400
+"""The most facts of a set that the report lists; the scores are over all of them."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to be audited: a control, or one that unlearned."""
+
+    name: str
+    role: Role
+    how: str
+    """One sentence: how it was made."""
+    model: LanguageModel
+    update: Update | None = None
+    """What made it, if it is known: the report shows its path, time and reason to stop."""
+
+
+def audit(
+    request: Request,
+    candidates: Sequence[Candidate],
+    run: RunFolder,
+    *,
+    title: str,
+    spec: Mapping[str, Any],
+    max_new_tokens: int = 48,
+) -> Audit:
+    """Measure every candidate, write rows and audit into the run folder, and give the audit back.
+
+    Args:
+        request: the forget set, its rewordings, and the unseen retain rows.
+        candidates: the original (required), gold and sham (each optional), and the models that unlearned.
+        run: where the evidence goes.
+        title: the report's heading.
+        spec: the resolved specification; its `seed` seeds the intervals.
+        max_new_tokens: the longest greedy answer, in tokens.
+
+    Raises:
+        SpecError: there is no original, or two candidates share a name.
+    """
+    named = {candidate.name: candidate for candidate in candidates}
+    by_role = {candidate.role: candidate for candidate in candidates}
+    if len(named) < len(candidates) or "original" not in by_role:
+        raise SpecError("an audit needs one model in the role 'original', and every model a name of its own")
+    gold = by_role.get("gold")
+    battery = Battery(request, by_role["original"].model, gold.model if gold else None, max_new_tokens)
+    readings = _read_all(battery, candidates)
+    audited = _audited(battery, candidates, readings, seed=int(spec.get("seed", 0)))
+    found = Audit(
+        title=title,
+        models=audited,
+        measures=battery.measures,
+        examples=tuple(_examples(battery, readings)),
+        request=request.summary(),
+        spec=dict(spec),
+        environment=environment(),
+        notes=tuple(_notes(by_role, request)),
+    )
+    run.write_scores([row for reading in readings.values() for row in reading.rows])
+    run.write_audit(found)
+    return found
+
+
+def _read_all(battery: Battery, candidates: Sequence[Candidate]) -> dict[str, Reading]:
+    readings = {}
+    with progress() as display:
+        task = display.add_task("auditing", total=battery.steps * len(candidates), note="")
+        for candidate in candidates:
+            display.update(task, note=candidate.name)
+            readings[candidate.name] = battery.read(candidate.name, candidate.model, lambda: display.advance(task))
+        display.update(task, note="")
+    return readings
+
+
+def _audited(
+    battery: Battery, candidates: Sequence[Candidate], readings: Mapping[str, Reading], *, seed: int
+) -> tuple[Audited, ...]:
+    scores = {name: _scores(reading.rows, seed) for name, reading in readings.items()}
+    original = next(candidate.name for candidate in candidates if candidate.role == "original")
+    gold = next((candidate.name for candidate in candidates if candidate.role == "gold"), None)
+    audited = []
+    for candidate in candidates:
+        reading, control = readings[candidate.name], readings[original]
+        compared = {}
+        if gold and candidate.name != gold:
+            margins = {key: margin(scores[original][key], scores[gold][key]) for key in scores[gold]}
+            compared = _against_gold(reading.rows, readings[gold].rows, margins)
+        collapsed = collapse(
+            reading.said["retain_unseen"],
+            reading.nll["retain_unseen"],
+            control_answers=control.said["retain_unseen"],
+            gold_nlls=control.nll["retain_unseen"],
+        )
+        evidence = Evidence(
+            scores[candidate.name], scores[original], scores[gold] if gold else None, compared, collapsed
+        )
+        audited.append(
+            Audited(
+                name=candidate.name,
+                role=candidate.role,
+                how=candidate.how,
+                fingerprint=candidate.model.fingerprint(),
+                scores=scores[candidate.name],
+                against_gold=compared,
+                verdict=judge(evidence),
+                **_path(candidate.update),
+            )
+        )
+    return tuple(audited)
+
+
+def _scores(rows: Sequence[Row], seed: int) -> dict[str, Score]:
+    return {key: clustered_mean(*_columns(group), seed=seed) for key, group in _by_measure(rows).items()}
+
+
+def _against_gold(
+    rows: Sequence[Row], gold_rows: Sequence[Row], margins: Mapping[str, float]
+) -> dict[str, Equivalence]:
+    """Only the forget side is compared with gold: elsewhere the original is what a model should be like."""
+    gold = _by_measure(gold_rows)
+    compared = {}
+    for key, group in _by_measure(rows).items():
+        if key.startswith("forget") and not key.endswith("kl_from_gold"):
+            values, clusters = _columns(group)
+            compared[key] = equivalence(values, _columns(gold[key])[0], clusters, margin=margins[key])
+    return compared
+
+
+def _by_measure(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.measure, []).append(row)
+    return groups
+
+
+def _columns(rows: Sequence[Row]) -> tuple[list[float], list[str]]:
+    return [row.value for row in rows], [row.cluster for row in rows]
+
+
+def _path(update: Update | None) -> dict[str, Any]:
+    if update is None:
+        return {}
+    made = update.provenance
+    return {
+        "trace": tuple(
+            TracePoint(round(point["step"]), point["forget_probability"], point["retain_kl"]) for point in made["trace"]
+        ),
+        "seconds": made["seconds"],
+        "stopped": made["stopped"],
+    }
+
+
+def _examples(battery: Battery, readings: Mapping[str, Reading]) -> list[Example]:
+    return [
+        Example(
+            id=record.id,
+            subject=record.subject or "",
+            on=on,
+            question=record.question,
+            answer=record.answer,
+            said={name: reading.said[on][place] for name, reading in readings.items()},
+            probability={name: reading.probability[on][place] for name, reading in readings.items()},
+        )
+        for on, records in battery.sets.items()
+        for place, record in enumerate(records[:EXAMPLES_PER_SET])
+    ]
+
+
+def _notes(by_role: Mapping[Role, Candidate], request: Request) -> list[str]:
+    notes = ["Behaviour only: whether the knowledge is still inside, or can be brought back, was not examined."]
+    if "gold" not in by_role:
+        notes.append(
+            "No gold: uncalibrated. Nobody can say how a model that never read the forget set would score here."
+        )
+    if "sham" not in by_role:
+        notes.append("No sham: what further training does to a score by itself is not known here.")
+    if not request.forget_reworded:
+        notes.append(
+            "The forget rows have no held-out wordings: forgetting is known only for the wording that was trained."
+        )
+    return notes
+
+
+def unlearned(original: LanguageModel, update: Update, how: str) -> Candidate:
+    """The candidate that an update makes of the original, under its method's name."""
+    name = str(update.provenance["method"]["name"])
+    return Candidate(name, "unlearned", how, update.apply(replace(original.copy(name), updates=[])), update)

@@ -1,0 +1,175 @@
+"""The verdict on one model: which evidence speaks for forgetting, which against, and what is missing.
+
+Every limit is a share of the distance between the two controls, original and gold, so the rule means the same on any
+model. It is applied to the controls too: a rule that cannot tell the original from gold proves nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from palimpsest.audit.results import Finding, Outcome, Verdict
+from palimpsest.metrics.collapse import Collapse
+from palimpsest.metrics.scores import Equivalence, Score
+
+MARGIN = 0.1
+"""Equivalent to gold: within a tenth of the distance from gold to the original."""
+OVERSHOOT = 1.0
+"""Scrambled: an NLL beyond gold's by more than the whole distance from the original to gold."""
+KEPT = 0.9
+"""The share of the original's answer probability on unseen retain rows that should be left."""
+RUINED = 0.5
+"""Below this share the model is broken."""
+
+WORDINGS = {"forget": "the questions as they were trained", "forget_reworded": "the same questions in other words"}
+
+
+def margin(original: Score, gold: Score) -> float:
+    """The TOST margin of a measure."""
+    return MARGIN * abs(original.value - gold.value)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known about one model's behaviour."""
+
+    scores: Mapping[str, Score]
+    """By `Measure.key`."""
+    original: Mapping[str, Score]
+    gold: Mapping[str, Score] | None
+    against_gold: Mapping[str, Equivalence]
+    """By `Measure.key`; empty without gold and for gold itself."""
+    collapse: Collapse
+    """Of its answers to unseen retain questions."""
+
+
+def judge(evidence: Evidence) -> Verdict:
+    """Is the model broken? Is it still said? Said when asked otherwise? Pushed past gold? Or no different from gold?
+
+    Behaviour alone never gives *erased*: that takes evidence of the internals and of recovery too.
+    """
+    health, utility = _health(evidence), _utility(evidence)
+    wordings = {on: _wording(evidence, on) for on in WORDINGS if f"{on}/answer_probability" in evidence.scores}
+    overshoot = _overshoot(evidence)
+    findings = (*wordings.values(), overshoot, utility, health, *_not_examined())
+    outcome, where, summary = _outcome(evidence, wordings, overshoot)
+    # The findings that decide come first.
+    order = {False: 0, None: 1, True: 2}
+    return Verdict(outcome, where, summary, tuple(sorted(findings, key=lambda finding: order[finding.passed])))
+
+
+def _outcome(evidence: Evidence, wordings: Mapping[str, Finding], overshoot: Finding) -> tuple[Outcome, str, str]:
+    if evidence.collapse.collapsed or _share_kept(evidence) < RUINED:
+        return "broken", "", "The model is broken, so what it no longer says proves nothing."
+    if wordings["forget"].passed is False:
+        return "remembered", "", "It still gives the forgotten answers more readily than a model that never read them."
+    reworded = wordings.get("forget_reworded")
+    if reworded and reworded.passed is False:
+        return (
+            "suppressed",
+            "in other words",
+            "Silent on the trained wording, it still answers when the question is put in other words.",
+        )
+    if overshoot.passed is False:
+        return (
+            "scrambled",
+            "",
+            "The true answers are far less likely than for a model that never read them: a trace of their own.",
+        )
+    if evidence.gold is None:
+        return "inconclusive", "", "There is no gold model to compare with, so nothing here is calibrated."
+    if all(finding.passed for finding in wordings.values()):
+        return (
+            "inconclusive",
+            "",
+            "It behaves like a model that never read the forget set; whether it is erased inside was not examined.",
+        )
+    return (
+        "inconclusive",
+        "",
+        "The evidence is too weak to tell it from a model that never read the forget set, or to call it equal.",
+    )
+
+
+def _wording(evidence: Evidence, on: str) -> Finding:
+    """Against gold by TOST; without gold only a plain 'still says it' can be found."""
+    key = f"{on}/answer_probability"
+    score, original, asked = evidence.scores[key], evidence.original[key], WORDINGS[on]
+    if evidence.gold is None:
+        said = score.value > original.value / 2
+        statement = (
+            f"Asked {asked}: answer probability {score.value:.3f}, the original's is {original.value:.3f}; "
+            "there is no gold to compare with."
+        )
+        return Finding(False if said else None, statement)
+    gold = evidence.gold[key]
+    compared = evidence.against_gold.get(key)
+    numbers = (
+        f"Asked {asked}: answer probability {score.value:.3f} beside gold's {gold.value:.3f} "
+        f"and the original's {original.value:.3f}"
+    )
+    if original.low <= gold.high:
+        return Finding(None, f"{numbers}; the controls themselves cannot be told apart here, so it says nothing.")
+    if compared is None:  # gold itself
+        return Finding(True, f"{numbers}.")
+    if compared.equivalent:
+        return Finding(
+            True, f"{numbers}; equivalent to gold within ±{compared.margin:.3f} (TOST p = {compared.p:.2g})."
+        )
+    if compared.low > compared.margin:
+        return Finding(
+            False, f"{numbers}; above gold by {compared.difference:.3f} [{compared.low:.3f}, {compared.high:.3f}]."
+        )
+    if compared.high < 0:
+        return Finding(True, f"{numbers}; below gold by {-compared.difference:.3f}.")
+    return Finding(
+        None,
+        f"{numbers}; neither equivalent within ±{compared.margin:.3f} nor clearly above "
+        f"(smallest effect that could be seen: {compared.smallest_effect:.3f}).",
+    )
+
+
+def _overshoot(evidence: Evidence) -> Finding:
+    score = evidence.scores["forget/nll"]
+    if evidence.gold is None:
+        return Finding(
+            None,
+            f"The true answers cost {score.value:.2f} nats/token; without gold nobody knows whether that is too much.",
+        )
+    gold, original = evidence.gold["forget/nll"].value, evidence.original["forget/nll"].value
+    limit = gold + OVERSHOOT * abs(gold - original)
+    statement = (
+        f"The true answers cost {score.value:.2f} nats/token; gold pays {gold:.2f}, "
+        f"and more than {limit:.2f} gives the unlearning away."
+    )
+    return Finding(score.value <= limit, statement)
+
+
+def _utility(evidence: Evidence) -> Finding:
+    kept, key = _share_kept(evidence), "retain_unseen/answer_probability"
+    kl = evidence.scores["retain_unseen/kl_from_original"].value
+    statement = (
+        f"On unseen retain questions {evidence.scores[key].value:.3f} of the original's "
+        f"{evidence.original[key].value:.3f} answer probability is left ({kept:.0%}), at KL {kl:.3f} nats/token."
+    )
+    return Finding(kept >= KEPT, statement)
+
+
+def _health(evidence: Evidence) -> Finding:
+    return Finding(
+        not evidence.collapse.collapsed,
+        f"Its answers have collapsed: {evidence.collapse.reason}."
+        if evidence.collapse.collapsed
+        else "Its answers to unseen retain questions are as varied as the original's.",
+    )
+
+
+def _not_examined() -> tuple[Finding, ...]:
+    return (
+        Finding(None, "Internals (is it still inside?) were not examined."),
+        Finding(None, "Recovery (can it be brought back?) was not tried."),
+    )
+
+
+def _share_kept(evidence: Evidence) -> float:
+    key = "retain_unseen/answer_probability"
+    return evidence.scores[key].value / max(evidence.original[key].value, 1e-12)

@@ -1,0 +1,61 @@
+"""`palimpsest audit MODEL`: is it forgotten? Every score beside its controls, and a verdict."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from palimpsest.cli.output import CHECK_FAILED, Json, print_json, show_verdicts, verdicts_json
+from palimpsest.cli.unlearn import Forget, Format, Retain, Seed, TemplateName
+from palimpsest.progress import console
+
+
+def audit(
+    model: Annotated[str, typer.Argument(help="The model that unlearned: a folder or hub id, or an update's folder.")],
+    original: Annotated[str, typer.Option(help="The model before unlearning.")],
+    forget: Forget,
+    retain: Retain,
+    out: Annotated[Path, typer.Option(help="The run folder.")],
+    gold: Annotated[str | None, typer.Option(help="A model that never saw the forget set.")] = None,
+    sham: Annotated[str | None, typer.Option(help="The original, trained further on retain rows alone.")] = None,
+    format: Format = None,
+    template: TemplateName = "plain",
+    max_new_tokens: Annotated[int, typer.Option(help="The longest greedy answer, in tokens.")] = 48,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure a model beside its controls, write evidence and report, and exit with 1 unless it is erased."""
+    with console.status("loading torch and transformers"):
+        from palimpsest.audit.audit import audit as examine
+        from palimpsest.audit.evidence import RunFolder
+        from palimpsest.report.draw import draw
+        from palimpsest.run.pipeline import load_candidates
+        from palimpsest.run.sources import request_from_files
+        from palimpsest.run.spec import check_template
+
+    request = request_from_files(forget, retain, format=format, template=check_template(template), seed=seed)
+    candidates = load_candidates(model, original=original, gold=gold, sham=sham)
+    run = RunFolder(out)
+    spec = {
+        "model": model,
+        "original": original,
+        "gold": gold,
+        "sham": sham,
+        "forget": str(forget),
+        "retain": str(retain),
+        "format": format,
+        "template": template,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+    }
+    title = f"Audit of {Path(model).name}"
+    found = examine(request, candidates, run, title=title, spec=spec, max_new_tokens=max_new_tokens)
+    page = draw(run)
+    if as_json:
+        print_json({"report": str(page), **verdicts_json(found)})
+    else:
+        show_verdicts(found)
+        typer.echo(f"Open the report: {page}")
+    verdict = found.models[-1].verdict
+    if verdict is None or verdict.outcome != "erased":
+        raise typer.Exit(CHECK_FAILED)

@@ -1,0 +1,1 @@
+"""What a model says and how surely: likelihood, generation, agreement, collapse, and the statistics over them."""

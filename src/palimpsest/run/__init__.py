@@ -1,0 +1,1 @@
+"""The whole story from one specification: data, controls, unlearning, audit, report."""

@@ -1,0 +1,43 @@
+"""Gradient ascent on the forget set, alone or with a term that keeps the retain set."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from palimpsest.models.language_model import LanguageModel
+from palimpsest.models.scoring import predict
+from palimpsest.unlearn.method import Method, Objective, RetainTerm, retain_loss, sampler, token_mean_nll
+from palimpsest.unlearn.request import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientAscent(Method):
+    """Minimise -NLL(forget): uphill on the forget set and nothing else. It destroys the model unless it is stopped."""
+
+    name: ClassVar[str] = "grad_ascent"
+    source: ClassVar[str] = "Jang et al. 2023, arXiv 2210.01504; Maini et al. 2024 (TOFU), arXiv 2401.06121, section 3"
+
+    def objective(self, model: LanguageModel, request: Request) -> Objective:
+        """-NLL(forget), nats/token."""
+        forget = sampler(self, model, request, request.forget)
+        return lambda step: -token_mean_nll(predict(model.network, forget.at(step)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientDifference(Method):
+    """Minimise -forget_weight * NLL(forget) + retain_weight * retain term."""
+
+    name: ClassVar[str] = "grad_diff"
+    source: ClassVar[str] = "Liu et al. 2022, arXiv 2203.12817; Maini et al. 2024 (TOFU), arXiv 2401.06121, section 3"
+
+    forget_weight: float = 1.0
+    retain_weight: float = 1.0
+    retain_term: RetainTerm = "nll"
+
+    def objective(self, model: LanguageModel, request: Request) -> Objective:
+        """The weighted difference, nats/token."""
+        forget = sampler(self, model, request, request.forget)
+        keep = retain_loss(self.retain_term, self, model, request)
+        return lambda step: (
+            self.retain_weight * keep(step)
+            - self.forget_weight * token_mean_nll(predict(model.network, forget.at(step)))
+        )

@@ -1,0 +1,10 @@
+"""Every method by the name that specifications and the command line use."""
+
+from palimpsest.unlearn.gradient_ascent import GradientAscent, GradientDifference
+from palimpsest.unlearn.method import Method
+from palimpsest.unlearn.npo import NPO
+from palimpsest.unlearn.random_labels import RandomLabels
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (GradientAscent, GradientDifference, NPO, RandomLabels)
+}

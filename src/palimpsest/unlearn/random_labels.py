@@ -1,0 +1,62 @@
+"""Random-label forgetting: learn answers drawn at random in place of the true ones."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from palimpsest.data.batches import collate, encode, epoch_order
+from palimpsest.data.records import QA
+from palimpsest.models.language_model import LanguageModel
+from palimpsest.models.scoring import predict
+from palimpsest.unlearn.method import Method, Objective, RetainTerm, retain_loss, token_mean_nll
+from palimpsest.unlearn.request import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomLabels(Method):
+    """Minimise NLL of random answers on the forget set, plus a retain term.
+
+    An answer is drawn from the row's own plausible wrong answers, or, where it has none, from the answers of the other
+    rows of the request. `fixed` draws once, so that the model can memorise the noise; `resampled` draws anew each
+    epoch, so that it can only learn the answers' distribution.
+    """
+
+    name: ClassVar[str] = "random_labels"
+    source: ClassVar[str] = "Zhang et al. 2024 (forgetting by random labels); answers in place of class labels are ours"
+
+    labels: Literal["fixed", "resampled"] = "resampled"
+    retain_weight: float = 1.0
+    retain_term: RetainTerm = "nll"
+
+    def objective(self, model: LanguageModel, request: Request) -> Objective:
+        """NLL(random answers) plus the weighted retain term, nats/token."""
+        n = len(request.forget)
+        size = min(self.batch_size, n)
+        keep = retain_loss(self.retain_term, self, model, request) if self.retain_weight else None
+
+        def loss(step: int) -> Tensor:
+            # Rows and answers follow from the step alone, so that a resumed run sees the same ones.
+            places = [divmod(place, n) for place in range(step * size, (step + 1) * size)]
+            rows = [epoch_order(n, epoch, self.seed)[place] for epoch, place in places]
+            epochs = [epoch if self.labels == "resampled" else 0 for epoch, _ in places]
+            asked = [relabelled(request, row, epoch, self.seed) for row, epoch in zip(rows, epochs, strict=True)]
+            batch = collate(encode(asked, model.tokenizer, template=request.template), rows).to(model.device)
+            forget = token_mean_nll(predict(model.network, batch))
+            return forget + self.retain_weight * keep(step) if keep else forget
+
+        return loss
+
+
+def relabelled(request: Request, row: int, epoch: int, seed: int) -> QA:
+    """A forget row with a random answer, the same for the same row, epoch and seed."""
+    record = request.forget[row]
+    rng = random.Random(f"label/{seed}/{epoch}/{row}")
+    return replace(record, answer=rng.choice(record.wrong or _other_answers(request, record.answer)))
+
+
+def _other_answers(request: Request, answer: str) -> Sequence[str]:
+    others = sorted({other.answer for other in (*request.forget, *request.retain)} - {answer})
+    return others or [answer]

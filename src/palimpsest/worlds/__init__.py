@@ -1,0 +1,1 @@
+"""Small generated environments in which the truth is known exactly."""

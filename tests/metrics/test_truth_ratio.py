@@ -1,0 +1,85 @@
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from palimpsest.data.batches import Encoded, encode
+from palimpsest.data.records import QA
+from palimpsest.errors import DataError
+from palimpsest.metrics.tofu_log import read_tofu_log
+from palimpsest.metrics.truth_ratio import (
+    forget_truth_ratio,
+    truth_ratio,
+    truth_ratio_definition,
+    truth_ratio_of,
+    utility_truth_ratio,
+)
+from palimpsest.models.language_model import LanguageModel
+
+Reference = Callable[[LanguageModel, Encoded], np.ndarray]
+
+
+def probabilities(model: LanguageModel, reference: Reference, question: str, answers: list[str]) -> np.ndarray:
+    """Each answer's probability to the power of one over its length, the TOFU paper's way."""
+    found = []
+    for row in encode([QA(question, answer) for answer in answers], model.tokenizer):
+        targets = np.array(row.ids[row.start : row.stop])
+        product = np.exp(reference(model, row)[np.arange(len(targets)), targets]).prod()
+        found.append(product ** (1 / len(targets)))
+    return np.array(found)
+
+
+def test_every_definition_is_its_formula_on_the_full_logits(
+    model: LanguageModel, records: list[QA], reference: Reference
+) -> None:
+    found = {
+        definition: truth_ratio(model, records, definition=definition, batch_size=5)
+        for definition in ("tofu_paper", "geometric", "open_unlearning_paper")
+    }
+    for place, record in enumerate(records):
+        right = probabilities(model, reference, record.question, [str(record.paraphrased_answer)])[0]
+        wrong = probabilities(model, reference, record.question, list(record.wrong))
+        together = wrong.prod() ** (1 / len(wrong))
+        assert found["tofu_paper"][place].item() == pytest.approx(wrong.mean() / right, rel=1e-4)
+        assert found["geometric"][place].item() == pytest.approx(together / right, rel=1e-4)
+        assert found["open_unlearning_paper"][place].item() == pytest.approx(right / (right + together), rel=1e-4)
+    assert not torch.allclose(found["tofu_paper"], found["geometric"])
+
+
+def test_without_a_paraphrase_the_answer_stands_in_and_the_name_says_so(
+    model: LanguageModel, records: list[QA]
+) -> None:
+    bare = [replace(record, paraphrased_answer=None) for record in records]
+    named = [replace(record, paraphrased_answer=record.answer) for record in records]
+    assert torch.equal(truth_ratio(model, bare), truth_ratio(model, named))
+    assert truth_ratio_definition(records) == "truth_ratio@tofu_paper"
+    assert truth_ratio_definition([records[0], bare[1]], "geometric") == "truth_ratio@geometric+answer"
+
+
+def test_no_wrong_answers_is_one_line_that_names_the_record(model: LanguageModel, records: list[QA]) -> None:
+    with pytest.raises(DataError, match=r"'3'.*'wrong' is empty"):
+        truth_ratio(model, [*records[:3], replace(records[3], wrong=())])
+
+
+def test_a_model_that_finds_everything_improbable_still_has_a_ratio() -> None:
+    assert truth_ratio_of(900.0, [901.0, 901.0]) == pytest.approx(np.exp(-1))
+    assert truth_ratio_of(900.0, [900.0, 905.0]) == pytest.approx((1 + np.exp(-5)) / 2)
+
+
+def test_aggregations_read_a_ratio_and_its_inverse_alike_on_the_forget_set_only() -> None:
+    ratios = torch.tensor([0.0, 0.25, 1.0, 4.0], dtype=torch.float64)
+    assert forget_truth_ratio(ratios).tolist() == [0.0, 0.25, 1.0, 0.25]
+    assert utility_truth_ratio(ratios).tolist() == [1.0, 0.75, 0.0, 0.0]
+
+
+def test_items_agree_with_the_tofu_authors_logs(tofu_logs) -> None:  # type: ignore[no-untyped-def]
+    log = read_tofu_log(tofu_logs / "ft_epoch5_lr1e-05_llama2-7b_retain90_wd0.01.json")["eval_log_forget.json"]
+    for kind, definition, mean in (("arith", "tofu_paper", 0.679652), ("geo", "geometric", 0.674019)):
+        ratios = [
+            truth_ratio_of(float(right), wrong.tolist(), definition)  # type: ignore[arg-type]
+            for right, wrong in zip(log.paraphrase_loss, log.wrong_loss, strict=True)
+        ]
+        assert ratios == pytest.approx(log.truth_ratio(kind))  # type: ignore[arg-type]
+        assert forget_truth_ratio(torch.tensor(ratios)).mean().item() == pytest.approx(mean, abs=1e-5)
