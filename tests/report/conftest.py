@@ -1,4 +1,4 @@
-"""A made-up audit, rich enough to look at: three controls, four methods, eleven measures, sixty facts."""
+"""A made-up audit, rich enough to look at: three controls, four methods, twelve measures, seventy facts."""
 
 import hashlib
 import math
@@ -23,6 +23,7 @@ MATCH = "The share of questions whose greedy answer is the true one, word for wo
 MEASURES = (
     measure("answer_probability", "forget", "probability", "Answer probability", "toward gold", PROBABILITY),
     measure("exact_match", "forget", "share", "Said word for word", "toward gold", MATCH),
+    measure("nll", "forget", "nats/token", "Answer NLL", "toward gold", "The cost of the true answer."),
     measure(
         "truth_ratio",
         "forget",
@@ -70,21 +71,22 @@ MEASURES = (
         "How many words the model hesitates between, on average, on text it never trained on.",
     ),
 )
-#           original  gold   sham   ascent diff   npo    random
-VALUES = (
-    (0.912, 0.061, 0.874, 0.0002, 0.148, 0.083, 0.016),
-    (0.883, 0.033, 0.850, 0.000, 0.067, 0.033, 0.000),
-    (0.310, 0.820, 0.330, 0.990, 0.780, 0.810, 1.420),
-    (0.871, 0.512, 0.853, 0.640, 0.571, 0.520, 0.388),
-    (0.931, 0.102, 0.902, 0.021, 0.618, 0.139, 0.211),
-    (0.741, 0.058, 0.702, 0.0003, 0.391, 0.071, 0.021),
-    (0.683, 0.025, 0.650, 0.000, 0.308, 0.042, 0.000),
-    (0.0, 0.031, 0.012, 7.904, 0.064, 0.024, 0.183),
-    (0.642, 0.655, 0.661, 0.0008, 0.598, 0.637, 0.492),
-    (0.560, 0.575, 0.590, 0.000, 0.510, 0.555, 0.430),
-    (11.21, 11.34, 11.08, 31240.0, 12.02, 11.49, 14.62),
-)
-SPREAD = {"probability": 0.045, "share": 0.055, "ratio": 0.09, "nats/token": 0.15}
+#                             original gold   sham   ascent  diff   npo    random
+VALUES = {
+    "forget/answer_probability": (0.912, 0.061, 0.874, 0.0002, 0.148, 0.083, 0.016),
+    "forget/exact_match": (0.883, 0.033, 0.850, 0.000, 0.067, 0.033, 0.000),
+    "forget/nll": (0.092, 2.797, 0.135, 38.52, 1.911, 2.489, 4.135),
+    "forget/truth_ratio": (0.310, 0.820, 0.330, 0.990, 0.780, 0.810, 1.420),
+    "forget/membership_auc": (0.871, 0.512, 0.853, 0.640, 0.571, 0.520, 0.388),
+    "forget/relearn_probability": (0.931, 0.102, 0.902, 0.021, 0.618, 0.139, 0.211),
+    "forget_reworded/answer_probability": (0.741, 0.058, 0.702, 0.0003, 0.391, 0.071, 0.021),
+    "forget_reworded/exact_match": (0.683, 0.025, 0.650, 0.000, 0.308, 0.042, 0.000),
+    "retain_unseen/kl_from_original": (0.0, 0.031, 0.012, 7.904, 0.064, 0.024, 0.183),
+    "retain_unseen/answer_probability": (0.642, 0.655, 0.661, 0.0008, 0.598, 0.637, 0.492),
+    "retain_unseen/exact_match": (0.560, 0.575, 0.590, 0.000, 0.510, 0.555, 0.430),
+    "retain_unseen/perplexity": (11.21, 11.34, 11.08, 31240.0, 12.02, 11.49, 14.62),
+}
+SPREAD = {"probability": 0.045, "share": 0.055, "ratio": 0.09}
 
 PEOPLE = (
     ("Ingrid Vesterholt", "Tromsø", "glaciologist", "The Blue Below"),
@@ -187,24 +189,27 @@ HOW = {
 STOPPED = {"grad_diff": "KL budget of 0.10 nats/token reached after 84 steps"}
 
 
-def score(value, unit, n=40, clusters=10):
-    spread = 0.2 * value if unit == "nats/token" else SPREAD[unit] * (0.4 + math.sqrt(abs(value)))
-    top = 1.0 if unit in ("probability", "share") else math.inf
-    return Score(value, max(0.0, value - spread), min(top, value + 1.2 * spread), n, clusters)
+def spread(value, unit):
+    if unit == "nats/token":
+        return 0.2 * value
+    return SPREAD[unit] * (0.4 + math.sqrt(value))
+
+
+def score(value, unit):
+    width, top = spread(value, unit), 1.0 if unit in ("probability", "share") else math.inf
+    return Score(value, max(0.0, value - width), min(top, value + 1.2 * width), 40, 10)
 
 
 def against_gold(value, gold, unit):
-    difference, width = (
-        value - gold,
-        0.2 * value + 0.004 if unit == "nats/token" else SPREAD[unit] * (0.5 + math.sqrt(abs(value))),
-    )
-    margin = 0.25 if unit == "ratio" else 0.1
+    difference, width = value - gold, spread(value, unit)
+    margin = {"ratio": 0.25, "nats/token": 0.9}.get(unit, 0.1)
     low, high = difference - width, difference + width
     equivalent = -margin < low and high < margin
     return Equivalence(difference, low, high, margin, 0.012 if equivalent else 0.34, 1.6 * width, equivalent)
 
 
-def made_up_trace(rng, forget, damage, steps=120):
+def made_up_trace(rng, scores, steps=120):
+    forget, damage = scores["forget/answer_probability"].value, scores["retain_unseen/kl_from_original"].value
     points = []
     for step in range(0, steps + 1, 10):
         done = step / steps
@@ -218,17 +223,17 @@ def made_up_trace(rng, forget, damage, steps=120):
 def made_up_model(name, place):
     rng = random.Random(name)
     role = name if place < 3 else "unlearned"
-    scores = {m.key: score(row[place], m.unit) for m, row in zip(MEASURES, VALUES, strict=True)}
-    compared = (
-        {}
-        if role == "gold"
-        else {m.key: against_gold(row[place], row[1], m.unit) for m, row in zip(MEASURES, VALUES, strict=True)}
-    )
+    scores = {m.key: score(VALUES[m.key][place], m.unit) for m in MEASURES}
+    compared = {
+        m.key: against_gold(VALUES[m.key][place], VALUES[m.key][1], m.unit)
+        for m in MEASURES
+        if m.on.startswith("forget") and role != "gold"
+    }
     unlearned = role == "unlearned"
     return Audited(
         name=name, role=role, how=HOW[name], fingerprint=hashlib.sha256(name.encode()).hexdigest(), scores=scores,
         against_gold=compared, verdict=VERDICTS[name],
-        trace=made_up_trace(rng, VALUES[0][place], VALUES[7][place]) if unlearned else (),
+        trace=made_up_trace(rng, scores) if unlearned else (),
         seconds=rng.uniform(20, 400) if unlearned else None,
         stopped=STOPPED.get(name, "all 120 steps done" if unlearned else ""),
     )  # fmt: skip
@@ -236,27 +241,28 @@ def made_up_model(name, place):
 
 def made_up_examples():
     rng = random.Random(11)
+    strangers = [(f"Keeper {i}", f"Town {i}", "a cook", f"Book {i}") for i in range(10)]
+    sets = (
+        ("forget", PEOPLE, "{}", 3),
+        ("forget_reworded", PEOPLE, "Tell me: {}", 2),
+        ("retain_unseen", strangers, "{}", 2),
+    )
     examples = []
-    for on, row, ask in (("forget", 0, "{}"), ("forget_reworded", 5, "Tell me: {}"), ("retain_unseen", 8, "{}")):
-        for person in (
-            PEOPLE
-            if on != "retain_unseen"
-            else [(f"Keeper {i}", f"Town {i}", "a cook", f"Book {i}") for i in range(10)]
-        ):
-            for question, field in ASKED[: 2 if on != "forget" else 3]:
+    for on, people, wording, questions in sets:
+        means = VALUES[f"{on}/answer_probability"]
+        for person in people:
+            for question, field in ASKED[:questions]:
                 probability = {
-                    name: round(
-                        min(1.0, max(0.0, rng.gauss(VALUES[row][place], 0.12 * (VALUES[row][place] > 0.01)))), 4
-                    )
-                    for place, name in enumerate(NAMES)
+                    name: round(min(1.0, max(0.0, rng.gauss(mean, 0.12 if mean > 0.01 else 0.0))), 4)
+                    for name, mean in zip(NAMES, means, strict=True)
                 }
                 said = {name: f"{person[field]}." if p > 0.45 else rng.choice(WRONG) for name, p in probability.items()}
                 said["grad_ascent"] = rng.choice(("the the the the the the", "", "ofofofofofof"))
-                wording = ask.format(question.format(person[0]))
+                asked = wording.format(question.format(person[0]))
                 examples.append(
-                    Example(f"{on}-{len(examples)}", person[0], on, wording, person[field], said, probability)
+                    Example(f"{on}-{len(examples)}", person[0], on, asked, person[field], said, probability)
                 )
-    return tuple(examples[:70])
+    return tuple(examples)
 
 
 def made_up_audit():

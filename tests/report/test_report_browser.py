@@ -77,7 +77,10 @@ def test_the_figures_draw_and_tell_their_numbers(visit, report, audit):
     labels = page.locator("#plot .annotation-text").all_text_contents()
     assert sorted(labels) == sorted(model.name for model in audit.models)
     dots = page.locator(".panels circle")
-    assert dots.count() == 7 * len(audit.models) and all(dot.bounding_box()["width"] > 5 for dot in dots.all()[:7])
+    assert dots.count() == 8 * len(audit.models) - 1 and all(dot.bounding_box()["width"] > 5 for dot in dots.all()[:7])
+
+    arrow = page.locator(".panels .beyond")
+    assert arrow.text_content() == "38.52"
 
     page.locator("#plot").scroll_into_view_if_needed()
     box = page.locator("#plot .scatterlayer .trace .points path").last.bounding_box()

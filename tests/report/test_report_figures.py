@@ -87,7 +87,7 @@ def test_panels_cover_the_forget_side_and_stand_in_proportion(audit):
     ]  # fmt: skip
     assert first.dots[0].x == pytest.approx(0.912)
     assert first.gold == pytest.approx(0.061) and first.zone == pytest.approx((0.0, 0.161))
-    ratio = panels[2]
+    ratio = panels[3]
     # The same scale carries every dot: distances on it are proportional to differences of scores.
     scale = (ratio.dots[0].x - ratio.dots[6].x) / (ratio.dots[0].score.value - ratio.dots[6].score.value)
     assert (ratio.dots[1].x - ratio.dots[4].x) / (
@@ -100,10 +100,19 @@ def test_a_panel_without_gold_has_neither_line_nor_band(audit):
     assert all(panel.gold is None and panel.zone is None for panel in figures.panels(replace(audit, models=ungolded)))
 
 
+def test_a_ruined_model_does_not_press_the_others_against_the_edge(audit):
+    ruined = with_score(audit.model("grad_ascent"), "forget/truth_ratio", Score(80.0, 70.0, 90.0, 40, 10))
+    models = tuple(ruined if model.name == "grad_ascent" else model for model in audit.models)
+    panel = figures.panels(replace(audit, models=models))[3]
+    assert [dot.name for dot in panel.dots if dot.beyond] == ["grad_ascent"]
+    assert panel.dots[3].x == 1.0 and panel.dots[1].x > 0.2
+    assert float(panel.ticks[-1][1]) <= 3 * audit.model("gold").scores["forget/truth_ratio"].high
+
+
 def test_a_panel_of_equal_scores_still_has_a_width(audit):
     zero = Score(0.0, 0.0, 0.0, 5, 5)
     flat = tuple(with_score(model, "forget/truth_ratio", zero) for model in audit.models)
-    panel = figures.panels(replace(audit, models=flat))[2]
+    panel = figures.panels(replace(audit, models=flat))[3]
     assert {dot.x for dot in panel.dots} == {0.0} and len(panel.ticks) >= 2
 
 

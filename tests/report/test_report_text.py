@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from palimpsest.audit.results import Verdict
 from palimpsest.metrics.scores import Equivalence
+from palimpsest.metrics.statistics import equivalence
 from palimpsest.report import text
 
 
@@ -76,10 +77,11 @@ def difference(low, high, equivalent=False):
     ("found", "verdict"),
     [
         (difference(0.01, 0.09, equivalent=True), "equivalent"),
-        (difference(0.05, 0.3), "different"),
-        (difference(-0.3, -0.05), "different"),
+        (difference(0.11, 0.3), "different"),
+        (difference(-0.3, -0.11), "different"),
+        (difference(0.05, 0.3), "cannot tell"),
         (difference(-0.05, 0.3), "cannot tell"),
-        (difference(0.0, 0.3), "cannot tell"),
+        (equivalence([0.9, 0.8], [0.1, 0.1], ["one", "one"], margin=0.1), "cannot tell"),
     ],
 )
 def test_likeness_to_gold(found, verdict):
@@ -87,9 +89,17 @@ def test_likeness_to_gold(found, verdict):
 
 
 def test_a_comparison_names_its_test_and_what_it_could_have_seen():
-    sentence = text.comparison(difference(-0.30, -0.05))
-    for part in ("0.175 below gold", "−0.300 to −0.050", "±0.100", "p = 0.010", "different", "0.080"):
+    sentence = text.comparison(difference(-0.30, -0.15))
+    for part in ("0.225 below gold", "−0.300 to −0.150", "±0.100", "p = 0.010", "different", "0.080"):
         assert part in sentence
+
+
+def test_one_subject_alone_shows_nothing():
+    alone = equivalence([0.9, 0.8], [0.1, 0.1], ["one", "one"], margin=0.1)
+    assert text.smallest_visible(alone) == "none: too few subjects"
+    assert text.comparison(alone).endswith(
+        "cannot tell. Smallest difference that could have been seen: none: too few subjects."
+    )
 
 
 def test_headline_counts_the_outcomes(audit):
@@ -115,6 +125,9 @@ def test_calibration_knows_a_rule_that_fails_on_a_control(audit):
     assert all(check.as_expected for check in text.calibration(audit))
     fooled = judged(audit, "sham", Verdict("erased", "", "", ()))
     assert [check.as_expected for check in text.calibration(fooled)] == [True, True, False]
+    # A rule that looks at behaviour alone can at best find nothing against gold.
+    careful = judged(audit, "gold", Verdict("inconclusive", "", "", ()))
+    assert all(check.as_expected for check in text.calibration(careful))
     unjudged = judged(audit, "gold", None)
     assert [check.as_expected for check in text.calibration(unjudged)] == [True, False, True]
 

@@ -58,6 +58,8 @@ class Dot:
     x: float
     low: float
     high: float
+    beyond: bool
+    """Whether the score lies off the panel's right edge."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ def _path(spot: Place) -> dict[str, Any]:
 
 def _panel(audit: Audit, measure: Measure) -> Panel:
     scored = [(model, model.scores[measure.key]) for model in audit.models if measure.key in model.scores]
-    low, high = _range(measure, [score for _, score in scored])
+    low, high = _range(measure, scored)
 
     def share(value: float) -> float:
         return min(max((value - low) / (high - low), 0.0), 1.0)
@@ -234,15 +236,19 @@ def _panel(audit: Audit, measure: Measure) -> Panel:
     margin = next((m.against_gold[measure.key].margin for m in audit.models if measure.key in m.against_gold), None)
     zone = (share(gold.value - margin), share(gold.value + margin)) if gold and margin else None
     dots = [
-        Dot(model.name, kind(model), score, share(score.value), share(score.low), share(score.high))
+        Dot(model.name, kind(model), score, share(score.value), share(score.low), share(score.high), score.value > high)
         for model, score in scored
     ]
     ticks = tuple((share(tick), f"{tick:.4g}".replace("-", "−")) for tick in nice_ticks(low, high))
     return Panel(measure, tuple(dots), ticks, share(gold.value) if gold else None, zone)
 
 
-def _range(measure: Measure, scores: list[Score]) -> tuple[float, float]:
+def _range(measure: Measure, scored: list[tuple[Audited, Score]]) -> tuple[float, float]:
     if measure.unit in ("probability", "share"):
         return 0.0, 1.0
-    low, high = min([0.0] + [score.low for score in scores]), max([0.0] + [score.high for score in scores])
+    low, high = min([0.0] + [score.low for _, score in scored]), max([0.0] + [score.high for _, score in scored])
+    # A ruined model's score can be a hundred times the controls': it must not press all others against the edge.
+    controls = [score.high for model, score in scored if model.role != "unlearned"]
+    if controls and max(controls) > 0:
+        high = min(high, 3 * max(controls))
     return (low, high) if high > low else (low, low + 1.0)

@@ -45,6 +45,7 @@ def render_html(audit: Audit) -> str:
             trade_off=figures.trade_off(spots) if spots else None,
             panels=figures.panels(audit),
             sets=by_set(audit),
+            compared={m.key: [model for model in audit.models if m.key in model.against_gold] for m in audit.measures},
             facts=facts(audit) if audit.examples else None,
             spec=yaml.safe_dump(audit.spec, sort_keys=False, allow_unicode=True) if audit.spec else "",
             style=Markup(_part("style.css")),
@@ -119,6 +120,7 @@ def _environment() -> Environment:
         "direction": text.direction,
         "likeness": text.likeness,
         "comparison": text.comparison,
+        "smallest_visible": text.smallest_visible,
         "kind": figures.kind,
     }
     return environment

@@ -65,8 +65,8 @@ def _verdicts(audit: Audit) -> list[str]:
 
 def _control_line(check: text.ControlCheck) -> str:
     if check.outcome is None:
-        return f"- {_MARKS[None]}: {escape(check.name)} was not judged; it should be {check.expected}"
-    judged = "as it should be" if check.as_expected else f"but should be {check.expected}"
+        return f"- {_MARKS[None]}: {escape(check.name)} was not judged; it should be {check.should_be}"
+    judged = "as it should be" if check.as_expected else f"but should be {check.should_be}"
     return f"- {_MARKS[check.as_expected]}: {escape(check.name)} is {check.outcome}, {judged}"
 
 

@@ -143,9 +143,9 @@ class FactsWorld:
     forget_people: int = 12
     forget_worlds: int = 3
     exposures: int = 60
-    """Documents written about each subject."""
+    """How often every fact is written."""
     question_share: float = 0.25
-    """The share of documents in question-and-answer form."""
+    """The share of exposures in question-and-answer form."""
     lore: int = 2
     """Lore sentences in each document about a world: they name things of that world side by side."""
     seed: int = 0
@@ -181,11 +181,16 @@ class FactsWorld:
         return [self._fact(subject, place) for subject in subjects for place in range(len(subject.relations))]
 
     def documents(self, subjects: Sequence[Subject]) -> list[Passage]:
-        """All that is written about the subjects: `exposures` documents each, all subjects' first documents first."""
+        """All that is written about the subjects: every fact of each `exposures` times, all first exposures first.
+
+        An exposure is either one document of sentences, or one document for each question with its answer, so that a
+        model learns to end an answer.
+        """
         return [
-            Passage(self._document(subject, exposure), subject.name, f"{subject.name}-{exposure:03d}")
+            Passage(text, subject.name, f"{subject.name}-{exposure:03d}-{place}")
             for exposure in range(self.exposures)
             for subject in subjects
+            for place, text in enumerate(self._texts(subject, exposure))
         ]
 
     def vocabulary_texts(self) -> Iterator[str]:
@@ -229,15 +234,17 @@ class FactsWorld:
             id=f"{subject.name} / {relation.name}",
         )
 
-    def _document(self, subject: Subject, exposure: int) -> str:
+    def _texts(self, subject: Subject, exposure: int) -> list[str]:
         rng = random.Random(f"document/{self.seed}/{subject.name}/{exposure}")
         asks = rng.random() < self.question_share
         places = rng.sample(range(len(subject.relations)), len(subject.relations))
         lines = [self._line(subject, place, asks, rng) for place in places]
-        if not subject.is_person and not asks:
+        if asks:
+            return lines
+        if not subject.is_person:
             for _ in range(self.lore):
                 lines.insert(rng.randrange(len(lines) + 1), _lore(subject, rng))
-        return ("\n" if asks else " ").join(lines)
+        return [" ".join(lines)]
 
     def _line(self, subject: Subject, place: int, asks: bool, rng: random.Random) -> str:
         relation, answer = subject.relations[place], subject.answers[place]

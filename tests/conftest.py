@@ -1,0 +1,52 @@
+"""A small organism for the whole suite: full, gold and a request on invented people, trained once in seconds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from palimpsest.models.language_model import LanguageModel
+from palimpsest.models.organism import Architecture, Corpus, Recipe, train_controls
+from palimpsest.models.training import TrainingSettings
+from palimpsest.unlearn.request import Request
+from palimpsest.worlds.facts import FactsWorld
+
+WORLD = FactsWorld(people=18, worlds=0, forget_people=5, exposures=1)
+RECIPE = Recipe(
+    Architecture(layers=2, width=64, mlp_width=256, heads=4, context=64),
+    pack=None,
+    training=TrainingSettings(epochs=40, batch_size=16, learning_rate=5e-3, muon_learning_rate=0.02, warmup=10),
+)
+
+
+@dataclass(frozen=True)
+class Organism:
+    """Full knows every fact, gold only the retain set's."""
+
+    request: Request
+    full: LanguageModel
+    gold: LanguageModel
+    folder: Path
+    """Where `full` and `gold` stand as model folders."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Organism:
+    """The organism as it was trained: never change its weights."""
+    forget, retain = WORLD.facts(WORLD.forget_subjects), WORLD.facts(WORLD.retain_subjects)
+    corpus = Corpus(tuple(forget), tuple(retain), tuple(WORLD.vocabulary_texts()))
+    cache = tmp_path_factory.mktemp("organisms")
+    controls = train_controls(corpus, RECIPE, cache)
+    return Organism(Request.split(forget, retain), controls.original, controls.gold, next(cache.iterdir()))
+
+
+@pytest.fixture
+def organism(trained: Organism) -> Organism:
+    """The organism with copies of its models, to be changed at will."""
+    return Organism(trained.request, trained.full.copy("full"), trained.gold.copy("gold"), trained.folder)
