@@ -42,6 +42,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(room, ignore_errors=True)
 
 
+def refuse_foreign_folder(folder: str | Path, mark: str) -> None:
+    """Refuse to replace a folder that holds files, but not the one that shows that Palimpsest wrote it.
+
+    Raises:
+        StorageError: there are other files in the folder.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).exists():
+        raise StorageError(f"{folder}: holds other files, which would be lost; choose a new or an empty folder")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path`, whole or not at all."""
     with atomic_path(path) as temporary:
@@ -70,12 +81,16 @@ def file_hash(path: str | Path) -> str:
 
 
 def _replace(source: Path, target: Path) -> None:
-    if target.is_dir() and source.is_dir():
-        aside = source.with_name(source.name + ".old")
-        os.rename(target, aside)
-        os.rename(source, target)
-    else:
+    if not (target.is_dir() and source.is_dir()):
         os.replace(source, target)
+        return
+    aside = source.with_name(source.name + ".old")
+    os.rename(target, aside)
+    try:
+        os.rename(source, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
 
 
 def _storage_error(path: Path, error: BaseException) -> StorageError:

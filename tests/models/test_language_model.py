@@ -5,6 +5,8 @@ import traceback
 import pytest
 import torch
 from tiny_families import WIDTH, tiny, tiny_batch, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from palimpsest.errors import ModelError
 from palimpsest.models.language_model import LanguageModel, evaluating, load
@@ -70,6 +72,23 @@ def test_bf16(saved):
     found = predictions(model)
     assert found.dtype == torch.float32
     assert 0 < (found - predictions(exact)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_loading_and_saving_show_no_bars_and_leave_the_users_setting(wanted, folder, capfd):
+    was = logging.is_progress_bar_enabled()
+    try:
+        (logging.enable_progress_bar if wanted else logging.disable_progress_bar)()
+        load(folder).save(folder)
+        assert capfd.readouterr() == ("", "")
+        AutoModelForCausalLM.from_pretrained(folder)
+        assert ("Loading weights" in capfd.readouterr().err) is wanted
+        shutil.rmtree(folder)
+        with pytest.raises(ModelError):
+            load(folder)
+        assert logging.is_progress_bar_enabled() is wanted
+    finally:
+        (logging.enable_progress_bar if was else logging.disable_progress_bar)()
 
 
 # The fingerprint.

@@ -1,5 +1,6 @@
 """The audit: every model through the same battery, every score beside its controls, a verdict with reasons."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,8 +10,8 @@ from palimpsest.audit.environment import environment
 from palimpsest.audit.evidence import RunFolder
 from palimpsest.audit.results import Audit, Audited, Example, Role, TracePoint
 from palimpsest.audit.verdict import Evidence, judge, margin
-from palimpsest.errors import SpecError
-from palimpsest.metrics.collapse import collapse
+from palimpsest.errors import ModelError, SpecError
+from palimpsest.metrics.collapse import Collapse, collapse
 from palimpsest.metrics.scores import Equivalence, Row, Score
 from palimpsest.metrics.statistics import clustered_mean, equivalence
 from palimpsest.models.language_model import LanguageModel
@@ -55,29 +56,59 @@ def audit(
         max_new_tokens: the longest greedy answer, in tokens.
 
     Raises:
-        SpecError: there is no original, or two candidates share a name.
+        SpecError: there is no original, two of one control, or two candidates of one name.
+        ModelError: a candidate's tokenizer is not the original's.
+        EvidenceError: a model's score is not a finite number; nothing is written then.
     """
-    named = {candidate.name: candidate for candidate in candidates}
-    by_role = {candidate.role: candidate for candidate in candidates}
-    if len(named) < len(candidates) or "original" not in by_role:
-        raise SpecError("an audit needs one model in the role 'original', and every model a name of its own")
-    gold = by_role.get("gold")
-    battery = Battery(request, by_role["original"].model, gold.model if gold else None, max_new_tokens)
+    controls = _controls(candidates)
+    _require_one_tokenizer(controls["original"], candidates)
+    gold = controls.get("gold")
+    battery = Battery(request, controls["original"].model, gold.model if gold else None, max_new_tokens)
     readings = _read_all(battery, candidates)
-    audited = _audited(battery, candidates, readings, seed=int(spec.get("seed", 0)))
+    # Before anything is computed from them: what is not a finite number is refused here, by model and item.
+    run.write_scores([row for reading in readings.values() for row in reading.rows])
     found = Audit(
         title=title,
-        models=audited,
+        models=_audited(candidates, controls, readings, seed=int(spec.get("seed", 0))),
         measures=battery.measures,
         examples=tuple(_examples(battery, readings)),
         request=request.summary(),
         spec=dict(spec),
         environment=environment(),
-        notes=tuple(_notes(by_role, request)),
+        notes=tuple(_notes(controls, request)),
     )
-    run.write_scores([row for reading in readings.values() for row in reading.rows])
     run.write_audit(found)
     return found
+
+
+def unlearned(original: LanguageModel, update: Update, how: str) -> Candidate:
+    """The candidate that an update makes of the original, under its method's name."""
+    name = str(update.provenance["method"]["name"])
+    return Candidate(name, "unlearned", how, update.apply(replace(original.copy(name), updates=[])), update)
+
+
+def _controls(candidates: Sequence[Candidate]) -> dict[Role, Candidate]:
+    controls = [candidate for candidate in candidates if candidate.role != "unlearned"]
+    by_role = {control.role: control for control in controls}
+    if "original" not in by_role:
+        raise SpecError("an audit needs a model in the role 'original': every score is read beside it")
+    if len(by_role) < len(controls):
+        raise SpecError("an audit takes one model in each of the roles original, gold and sham; two share one")
+    names = [candidate.name for candidate in candidates]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise SpecError(f"two audited models are called {twice!r}; give every model a name of its own")
+    return by_role
+
+
+def _require_one_tokenizer(original: Candidate, candidates: Sequence[Candidate]) -> None:
+    """Divergences compare predictions of the same tokens, so every model must know the same ones."""
+    vocabulary = original.model.tokenizer.get_vocab()
+    for candidate in candidates:
+        if candidate.model.tokenizer.get_vocab() != vocabulary:
+            raise ModelError(
+                f"{candidate.name}: its tokenizer is not that of {original.name}; audit models that share one"
+            )
 
 
 def _read_all(battery: Battery, candidates: Sequence[Candidate]) -> dict[str, Reading]:
@@ -92,40 +123,46 @@ def _read_all(battery: Battery, candidates: Sequence[Candidate]) -> dict[str, Re
 
 
 def _audited(
-    battery: Battery, candidates: Sequence[Candidate], readings: Mapping[str, Reading], *, seed: int
+    candidates: Sequence[Candidate],
+    controls: Mapping[Role, Candidate],
+    readings: Mapping[str, Reading],
+    *,
+    seed: int,
 ) -> tuple[Audited, ...]:
+    """Every candidate's scores beside those of the controls, and what follows from them."""
     scores = {name: _scores(reading.rows, seed) for name, reading in readings.items()}
-    original = next(candidate.name for candidate in candidates if candidate.role == "original")
-    gold = next((candidate.name for candidate in candidates if candidate.role == "gold"), None)
+    original, gold = controls["original"].name, controls["gold"].name if "gold" in controls else None
+    margins = {key: margin(scores[original][key], scores[gold][key]) for key in scores[gold]} if gold else {}
     audited = []
     for candidate in candidates:
-        reading, control = readings[candidate.name], readings[original]
-        compared = {}
-        if gold and candidate.name != gold:
-            margins = {key: margin(scores[original][key], scores[gold][key]) for key in scores[gold]}
-            compared = _against_gold(reading.rows, readings[gold].rows, margins)
-        collapsed = collapse(
-            reading.said["retain_unseen"],
-            reading.nll["retain_unseen"],
-            control_answers=control.said["retain_unseen"],
-            gold_nlls=control.nll["retain_unseen"],
-        )
+        name = candidate.name
+        compared = _against_gold(readings[name].rows, readings[gold].rows, margins) if gold and name != gold else {}
         evidence = Evidence(
-            scores[candidate.name], scores[original], scores[gold] if gold else None, compared, collapsed
+            scores=scores[name],
+            original=scores[original],
+            gold=scores[gold] if gold else None,
+            against_gold=compared,
+            collapse=_collapse(readings[name], readings[original]),
         )
         audited.append(
             Audited(
-                name=candidate.name,
+                name=name,
                 role=candidate.role,
                 how=candidate.how,
                 fingerprint=candidate.model.fingerprint(),
-                scores=scores[candidate.name],
+                scores=scores[name],
                 against_gold=compared,
                 verdict=judge(evidence),
                 **_path(candidate.update),
             )
         )
     return tuple(audited)
+
+
+def _collapse(reading: Reading, original: Reading) -> Collapse:
+    """Of the answers to unseen retain questions, beside the original's."""
+    on = "retain_unseen"
+    return collapse(reading.said[on], reading.nll[on], control_answers=original.said[on], gold_nlls=original.nll[on])
 
 
 def _scores(rows: Sequence[Row], seed: int) -> dict[str, Score]:
@@ -161,8 +198,10 @@ def _path(update: Update | None) -> dict[str, Any]:
         return {}
     made = update.provenance
     return {
+        # A run ends where its level is met, part of the way through a step: that step is named.
         "trace": tuple(
-            TracePoint(round(point["step"]), point["forget_probability"], point["retain_kl"]) for point in made["trace"]
+            TracePoint(math.ceil(point["step"]), point["forget_probability"], point["retain_kl"])
+            for point in made["trace"]
         ),
         "seconds": made["seconds"],
         "stopped": made["stopped"],
@@ -185,22 +224,16 @@ def _examples(battery: Battery, readings: Mapping[str, Reading]) -> list[Example
     ]
 
 
-def _notes(by_role: Mapping[Role, Candidate], request: Request) -> list[str]:
+def _notes(controls: Mapping[Role, Candidate], request: Request) -> list[str]:
     notes = ["Behaviour only: whether the knowledge is still inside, or can be brought back, was not examined."]
-    if "gold" not in by_role:
+    if "gold" not in controls:
         notes.append(
             "No gold: uncalibrated. Nobody can say how a model that never read the forget set would score here."
         )
-    if "sham" not in by_role:
+    if "sham" not in controls:
         notes.append("No sham: what further training does to a score by itself is not known here.")
     if not request.forget_reworded:
         notes.append(
             "The forget rows have no held-out wordings: forgetting is known only for the wording that was trained."
         )
     return notes
-
-
-def unlearned(original: LanguageModel, update: Update, how: str) -> Candidate:
-    """The candidate that an update makes of the original, under its method's name."""
-    name = str(update.provenance["method"]["name"])
-    return Candidate(name, "unlearned", how, update.apply(replace(original.copy(name), updates=[])), update)

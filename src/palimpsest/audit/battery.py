@@ -76,7 +76,8 @@ class Battery:
             values[f"{on}/rougeL_recall"], values[f"{on}/rougeL_f1"] = overlap.rougeL_recall, overlap.rougeL_f1
             tick()
         if self._has_wrong_answers:
-            values["forget/truth_ratio"] = per_item_truth_ratio(model, self.request)
+            ratios = truth_ratio(model, self.request.forget, template=template)
+            values["forget/truth_ratio"] = forget_truth_ratio(ratios)
         if self.gold is not None:
             values["forget/kl_from_gold"] = kl_per_item(self.gold, model, self.request.forget, template=template)
         unseen = self.request.retain_unseen
@@ -96,16 +97,12 @@ class Battery:
 
     @property
     def _has_wrong_answers(self) -> bool:
+        """Whether every forget row has some: a truth ratio over a part of the rows would be another number."""
         return all(record.wrong for record in self.request.forget)
-
-
-def per_item_truth_ratio(model: LanguageModel, request: Request) -> Tensor:
-    """[n] min(R, 1/R) of each forget row."""
-    return forget_truth_ratio(truth_ratio(model, request.forget, template=request.template))
 
 
 def _rows(model: str, measure: Measure, records: Sequence[QA], values: Iterable[float]) -> list[Row]:
     return [
-        Row(model, measure.key, record.id, record.subject or record.id, float(value))
+        Row(model, measure.key, record.id, record.subject or record.id or record.question, float(value))
         for record, value in zip(records, values, strict=True)
     ]

@@ -6,6 +6,7 @@ model. It is applied to the controls too: a rule that cannot tell the original f
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from sys import float_info
 
 from palimpsest.audit.results import Finding, Outcome, Verdict
 from palimpsest.metrics.collapse import Collapse
@@ -47,47 +48,42 @@ def judge(evidence: Evidence) -> Verdict:
 
     Behaviour alone never gives *erased*: that takes evidence of the internals and of recovery too.
     """
-    health, utility = _health(evidence), _utility(evidence)
     wordings = {on: _wording(evidence, on) for on in WORDINGS if f"{on}/answer_probability" in evidence.scores}
     overshoot = _overshoot(evidence)
-    findings = (*wordings.values(), overshoot, utility, health, *_not_examined())
     outcome, where, summary = _outcome(evidence, wordings, overshoot)
+    forgetting, damage = (*wordings.values(), overshoot), (_health(evidence), _utility(evidence))
+    findings = (*damage, *forgetting) if outcome == "broken" else (*forgetting, *damage)
     # The findings that decide come first.
     order = {False: 0, None: 1, True: 2}
-    return Verdict(outcome, where, summary, tuple(sorted(findings, key=lambda finding: order[finding.passed])))
+    ordered = sorted((*findings, *_not_examined()), key=lambda finding: order[finding.passed])
+    return Verdict(outcome, where, summary, tuple(ordered))
 
 
 def _outcome(evidence: Evidence, wordings: Mapping[str, Finding], overshoot: Finding) -> tuple[Outcome, str, str]:
     if evidence.collapse.collapsed or _share_kept(evidence) < RUINED:
         return "broken", "", "The model is broken, so what it no longer says proves nothing."
-    if wordings["forget"].passed is False:
-        return "remembered", "", "It still gives the forgotten answers more readily than a model that never read them."
-    reworded = wordings.get("forget_reworded")
-    if reworded and reworded.passed is False:
-        return (
-            "suppressed",
-            "in other words",
-            "Silent on the trained wording, it still answers when the question is put in other words.",
-        )
+    price = _price(evidence)
+    said = {on: finding.passed is False for on, finding in wordings.items()}
+    in_other_words = said.get("forget_reworded", False)
+    if said["forget"] or (in_other_words and _nearer_original(evidence, "forget")):
+        than = "" if evidence.gold is None else " more readily than a model that never read them"
+        return "remembered", "", f"It still gives the forgotten answers{than}{price}."
+    if in_other_words:
+        says = "What it hardly says any more when asked as it was trained, it still says when asked in other words"
+        return "suppressed", "in other words", f"{says}{price}."
     if overshoot.passed is False:
-        return (
-            "scrambled",
-            "",
-            "The true answers are far less likely than for a model that never read them: a trace of their own.",
-        )
+        trace = "The true answers are far less likely than for a model that never read them: a trace of their own"
+        return "scrambled", "", f"{trace}{price}."
     if evidence.gold is None:
-        return "inconclusive", "", "There is no gold model to compare with, so nothing here is calibrated."
-    if all(finding.passed for finding in wordings.values()):
-        return (
-            "inconclusive",
-            "",
-            "It behaves like a model that never read the forget set; whether it is erased inside was not examined.",
+        why = "There is no gold model to compare with, so nothing here is calibrated"
+    elif all(finding.passed for finding in wordings.values()):
+        why = (
+            "It gives the forgotten answers no more readily than a model that never read them; "
+            "whether they are erased inside was not examined"
         )
-    return (
-        "inconclusive",
-        "",
-        "The evidence is too weak to tell it from a model that never read the forget set, or to call it equal.",
-    )
+    else:
+        why = "The evidence is too weak to tell it from a model that never read the forget set, or to call it equal"
+    return "inconclusive", "", f"{why}{price}."
 
 
 def _wording(evidence: Evidence, on: str) -> Finding:
@@ -95,12 +91,11 @@ def _wording(evidence: Evidence, on: str) -> Finding:
     key = f"{on}/answer_probability"
     score, original, asked = evidence.scores[key], evidence.original[key], WORDINGS[on]
     if evidence.gold is None:
-        said = score.value > original.value / 2
         statement = (
             f"Asked {asked}: answer probability {score.value:.3f}, the original's is {original.value:.3f}; "
             "there is no gold to compare with."
         )
-        return Finding(False if said else None, statement)
+        return Finding(False if _nearer_original(evidence, on) else None, statement)
     gold = evidence.gold[key]
     compared = evidence.against_gold.get(key)
     numbers = (
@@ -115,6 +110,8 @@ def _wording(evidence: Evidence, on: str) -> Finding:
         return Finding(
             True, f"{numbers}; equivalent to gold within ±{compared.margin:.3f} (TOST p = {compared.p:.2g})."
         )
+    if not _tested(compared):
+        return Finding(None, f"{numbers}; one subject alone allows no test.")
     if compared.low > compared.margin:
         return Finding(
             False, f"{numbers}; above gold by {compared.difference:.3f} [{compared.low:.3f}, {compared.high:.3f}]."
@@ -128,20 +125,33 @@ def _wording(evidence: Evidence, on: str) -> Finding:
     )
 
 
+def _nearer_original(evidence: Evidence, on: str) -> bool:
+    """Whether the answers are nearer the original's level than gold's; without gold, than to nothing at all."""
+    key = f"{on}/answer_probability"
+    floor = evidence.gold[key].value if evidence.gold else 0.0
+    return evidence.scores[key].value > (evidence.original[key].value + floor) / 2
+
+
 def _overshoot(evidence: Evidence) -> Finding:
-    score = evidence.scores["forget/nll"]
+    """Is it further from gold than the original is, on the far side?"""
+    cost = f"The true answers cost {evidence.scores['forget/nll'].value:.2f} nats/token"
     if evidence.gold is None:
-        return Finding(
-            None,
-            f"The true answers cost {score.value:.2f} nats/token; without gold nobody knows whether that is too much.",
-        )
-    gold, original = evidence.gold["forget/nll"].value, evidence.original["forget/nll"].value
-    limit = gold + OVERSHOOT * abs(gold - original)
-    statement = (
-        f"The true answers cost {score.value:.2f} nats/token; gold pays {gold:.2f}, "
-        f"and more than {limit:.2f} gives the unlearning away."
-    )
-    return Finding(score.value <= limit, statement)
+        return Finding(None, f"{cost}; without gold nobody knows whether that is too much.")
+    gold, original = evidence.gold["forget/nll"], evidence.original["forget/nll"]
+    if gold.low <= original.high:
+        return Finding(None, f"{cost}; the controls themselves cannot be told apart here, so it says nothing.")
+    distance = OVERSHOOT * (gold.value - original.value)
+    numbers = f"{cost}; gold pays {gold.value:.2f}, and more than {gold.value + distance:.2f} gives the unlearning away"
+    compared = evidence.against_gold.get("forget/nll")
+    if compared is None:  # gold itself
+        return Finding(True, f"{numbers}.")
+    if not _tested(compared):
+        return Finding(None, f"{numbers}; one subject alone allows no test.")
+    if compared.low > distance:
+        return Finding(False, f"{numbers}.")
+    if compared.high <= distance:
+        return Finding(True, f"{numbers}.")
+    return Finding(None, f"{numbers}; it cannot be told on which side of that it lies.")
 
 
 def _utility(evidence: Evidence) -> Finding:
@@ -155,12 +165,9 @@ def _utility(evidence: Evidence) -> Finding:
 
 
 def _health(evidence: Evidence) -> Finding:
-    return Finding(
-        not evidence.collapse.collapsed,
-        f"Its answers have collapsed: {evidence.collapse.reason}."
-        if evidence.collapse.collapsed
-        else "Its answers to unseen retain questions are as varied as the original's.",
-    )
+    if evidence.collapse.collapsed:
+        return Finding(False, f"Its answers have collapsed: {evidence.collapse.reason}.")
+    return Finding(True, "Its answers to unseen retain questions are as varied as the original's.")
 
 
 def _not_examined() -> tuple[Finding, ...]:
@@ -170,6 +177,19 @@ def _not_examined() -> tuple[Finding, ...]:
     )
 
 
+def _price(evidence: Evidence) -> str:
+    """What a summary must add when forgetting was paid for elsewhere; empty when it was not."""
+    kept = _share_kept(evidence)
+    if kept >= KEPT:
+        return ""
+    return f", at a price: {1 - kept:.0%} of the answer probability on unseen retain questions is lost"
+
+
 def _share_kept(evidence: Evidence) -> float:
     key = "retain_unseen/answer_probability"
     return evidence.scores[key].value / max(evidence.original[key].value, 1e-12)
+
+
+def _tested(compared: Equivalence) -> bool:
+    """Whether there were two subjects at least; `equivalence` gives the largest float where there were not."""
+    return compared.smallest_effect < float_info.max

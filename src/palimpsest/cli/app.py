@@ -17,6 +17,7 @@ INTERRUPTED = 130
 app = typer.Typer(
     name="palimpsest",
     help="Make a language model forget, and show what is still legible underneath.",
+    epilog="Exit codes: 0 all is well, 1 a verdict or a check failed, 2 a mistake that you can mend, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

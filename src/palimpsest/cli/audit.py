@@ -20,23 +20,17 @@ def audit(
     sham: Annotated[str | None, typer.Option(help="The original, trained further on retain rows alone.")] = None,
     format: Format = None,
     template: TemplateName = "plain",
-    max_new_tokens: Annotated[int, typer.Option(help="The longest greedy answer, in tokens.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest greedy answer, in tokens.")] = 48,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Measure a model beside its controls, write evidence and report, and exit with 1 unless it is erased."""
     with console.status("loading torch and transformers"):
-        from palimpsest.audit.audit import audit as examine
-        from palimpsest.audit.evidence import RunFolder
-        from palimpsest.report.draw import draw
-        from palimpsest.run.pipeline import load_candidates
+        from palimpsest.run.pipeline import audit_candidates, load_candidates
         from palimpsest.run.sources import request_from_files
         from palimpsest.run.spec import check_template
 
-    request = request_from_files(forget, retain, format=format, template=check_template(template), seed=seed)
-    candidates = load_candidates(model, original=original, gold=gold, sham=sham)
-    run = RunFolder(out)
-    spec = {
+    asked = {
         "model": model,
         "original": original,
         "gold": gold,
@@ -48,14 +42,17 @@ def audit(
         "max_new_tokens": max_new_tokens,
         "seed": seed,
     }
-    title = f"Audit of {Path(model).name}"
-    found = examine(request, candidates, run, title=title, spec=spec, max_new_tokens=max_new_tokens)
-    page = draw(run)
+    request = request_from_files(forget, retain, format=format, template=check_template(template), seed=seed)
+    candidates = load_candidates(model, original=original, gold=gold, sham=sham)
+    title = f"Audit of {candidates[-1].name}"
+    found = audit_candidates(request, candidates, out, title=title, spec=asked)
+    page = out / "report.html"
     if as_json:
         print_json({"report": str(page), **verdicts_json(found)})
     else:
         show_verdicts(found)
         typer.echo(f"Open the report: {page}")
+        typer.echo(f"Check its evidence:  palimpsest verify {out}")
     verdict = found.models[-1].verdict
     if verdict is None or verdict.outcome != "erased":
         raise typer.Exit(CHECK_FAILED)

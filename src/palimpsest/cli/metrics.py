@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from palimpsest.cli.output import print_json
+from palimpsest.cli.output import print_json, warn
 from palimpsest.progress import console
 
 app = typer.Typer(help="Compute benchmark numbers from other tools' evaluation logs.", no_args_is_help=True)
@@ -23,7 +23,13 @@ def tofu_log(
 ) -> None:
     """Print TOFU's Model Utility, truth ratio and Forget Quality as JSON."""
     with console.status("reading the logs"):
-        from palimpsest.metrics.tofu_log import tofu_log_metrics
+        from palimpsest.metrics.tofu_log import forget_questions, tofu_log_metrics
 
         metrics = tofu_log_metrics(log, retain)
+        asked = forget_questions(log, retain) if retain else None
+    if asked and asked.shared < asked.n_retain:
+        warn(
+            f"the logs share {asked.shared} forget questions of {asked.n} and {asked.n_retain}, "
+            "so Forget Quality compares answers to different questions"
+        )
     print_json(metrics)

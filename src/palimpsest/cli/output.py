@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from palimpsest.progress import console
@@ -15,6 +16,18 @@ if TYPE_CHECKING:
 
 CHECK_FAILED = 1
 """The exit code when a verdict or a check failed."""
+
+COLUMNS = {
+    "forget/answer_probability": "\nforget",
+    "forget_reworded/answer_probability": "\nreworded",
+    "forget/nll": "forget\nNLL",
+    "retain_unseen/answer_probability": "unseen\nretain",
+    "retain_unseen/kl_from_original": "KL\nunseen",
+}
+"""What the table of verdicts shows, each with a heading of two lines."""
+FEWER = ("forget/answer_probability", "retain_unseen/answer_probability")
+"""What is left of it on a terminal of fewer than NARROW columns."""
+NARROW, NARROWEST, WIDTH_OF_FILES = 80, 56, 120
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 """The option `--json` of a verb."""
@@ -27,8 +40,16 @@ def print_json(value: Any) -> None:
 
 def fail(message: str) -> None:
     """Print an error as one red line on standard error."""
-    line = " ".join(message.split())
-    console.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+    _line(f"error: {message}", "red")
+
+
+def warn(message: str) -> None:
+    """Print a caution as one yellow line on standard error."""
+    _line(f"warning: {message}", "yellow")
+
+
+def _line(message: str, style: str) -> None:
+    console.print(" ".join(message.split()), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def verdicts_json(audit: "Audit") -> dict[str, Any]:
@@ -38,6 +59,7 @@ def verdicts_json(audit: "Audit") -> dict[str, Any]:
             "role": model.role,
             "verdict": model.verdict and model.verdict.outcome,
             "where": model.verdict.where if model.verdict else "",
+            "summary": model.verdict.summary if model.verdict else "",
             "stopped": model.stopped,
             "seconds": model.seconds,
             "scores": {key: [score.value, score.low, score.high] for key, score in model.scores.items()},
@@ -48,22 +70,19 @@ def verdicts_json(audit: "Audit") -> dict[str, Any]:
 
 
 def show_verdicts(audit: "Audit") -> None:
-    """A table of models with what matters most, verdicts last."""
-    columns = {
-        "forget/answer_probability": "forget",
-        "forget_reworded/answer_probability": "reworded",
-        "forget/nll": "forget NLL",
-        "retain_unseen/answer_probability": "unseen retain",
-        "retain_unseen/kl_from_original": "KL unseen",
-    }
-    shown = {key: label for key, label in columns.items() if key in audit.models[0].scores}
-    table = Table(title=audit.title, title_justify="left", box=SIMPLE)
-    table.add_column("model")
+    """A table of models with what matters most, verdicts last; on a narrow terminal with fewer numbers."""
+    terminal = Console()
+    narrow = terminal.is_terminal and terminal.width < NARROW
+    columns = {key: label for key, label in COLUMNS.items() if key in audit.models[0].scores}
+    shown = {key: columns[key] for key in FEWER if key in columns} if narrow else columns
+    table = Table(title=escape(audit.title), title_justify="left", box=SIMPLE)
+    table.add_column("\nmodel", no_wrap=True)
     for label in shown.values():
-        table.add_column(label, justify="right")
-    table.add_column("verdict")
+        table.add_column(label, justify="right", no_wrap=True)
+    table.add_column("\nverdict", min_width=len("inconclusive"))
     for model in audit.models:
         verdict = model.verdict
         outcome = f"{verdict.outcome} {verdict.where}".strip() if verdict else ""
-        table.add_row(model.name, *(f"{model.scores[key].value:.3f}" for key in shown), outcome)
-    Console(width=max(console.width, 100)).print(table)
+        table.add_row(escape(model.name), *(f"{model.scores[key].value:.3f}" for key in shown), outcome)
+    width = max(terminal.width, NARROWEST) if terminal.is_terminal else WIDTH_OF_FILES
+    Console(width=width).print(table)

@@ -17,17 +17,25 @@ def train(
     seed: Annotated[int, typer.Option(help="Of the demo's facts, models and batches.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Train full (reads everything), gold (never reads the forget set) and sham (full, then retain rows alone)."""
+    """Train full (reads everything), gold (never reads the forget set) and sham (full, then retain rows alone).
+
+    Beside them stand their rows and `train.json`, the specification they were made from.
+    """
     with console.status("loading torch and transformers"):
         from palimpsest.data.readers import write_records
+        from palimpsest.files import write_json
         from palimpsest.run.pipeline import controls_of
+        from palimpsest.run.places import require_place
         from palimpsest.run.sources import open_source
         from palimpsest.run.spec import make_spec, read_spec
 
     read = read_spec(spec, data=data) if spec else make_spec(DEMO | {"seed": seed})
+    require_place(out, "train.json")
     source = open_source(read)
+    controls = controls_of(read, source)
+    write_json(out / "train.json", read.resolved())
     paths = {}
-    for name, control in controls_of(read, source).items():
+    for name, control in controls.items():
         paths[name] = str(control.model.save(out / ("full" if name == "original" else name)))
     request = source.request
     for name, rows in {"forget": request.forget, "retain": request.all_retain}.items():

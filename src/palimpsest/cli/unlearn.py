@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from palimpsest.cli.output import Json, print_json
+from palimpsest.errors import StorageError
 from palimpsest.progress import console
 
 Forget = Annotated[Path, typer.Option(help="Questions and answers to forget (JSONL, JSON, CSV, Parquet).")]
@@ -23,7 +24,7 @@ def unlearn(
     method: Annotated[str, typer.Option(help="grad_ascent, grad_diff, npo or random_labels.")] = "npo",
     set_: Annotated[list[str], typer.Option("--set", help="A setting of the method, e.g. --set beta=0.2.")] = [],  # noqa: B006
     gold: Annotated[str | None, typer.Option(help="A model that never saw the forget set: stop at its level.")] = None,
-    steps: Annotated[int, typer.Option(help="At most so many steps.")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="At most so many steps.")] = 200,
     retain_kl: Annotated[float | None, typer.Option(help="Budget: KL on held-out retain rows, nats/token.")] = None,
     save_model: Annotated[Path | None, typer.Option(help="Also write the changed model to this folder.")] = None,
     format: Format = None,
@@ -35,18 +36,23 @@ def unlearn(
     """Forget some rows, keep others, and write what changed as an update that can be applied and undone."""
     with console.status("loading torch and transformers"):
         from palimpsest.models.language_model import load
-        from palimpsest.run.pipeline import forget_level
+        from palimpsest.run.pipeline import forget_level, make_update
+        from palimpsest.run.places import require_place
         from palimpsest.run.sources import request_from_files
         from palimpsest.run.spec import check_template, make_method
         from palimpsest.unlearn.stopping import Stop
 
+    require_place(out, "update.json")
+    if save_model:
+        require_place(save_model, "palimpsest.json")
+        if save_model.resolve() == Path(model).resolve():
+            raise StorageError(f"{save_model}: is the model to start from, which would be lost; choose another folder")
     chosen = make_method(method, set_, seed)
     request = request_from_files(forget, retain, format=format, template=check_template(template), seed=seed)
     original = load(model, check=not no_check)
     level = forget_level(load(gold, check=False), request) if gold else None
     stop = Stop(steps, level, retain_kl)
-    update = chosen.run(original, request, stop, folder=out.with_name(f".{out.name}.checkpoint"))
-    update.save(out)
+    update = make_update(chosen, original, request, stop, out)
     if save_model:
         update.apply(original).save(save_model)
     last = update.provenance["trace"][-1]

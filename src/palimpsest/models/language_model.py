@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from palimpsest.errors import ModelError
-from palimpsest.files import atomic_path
+from palimpsest.files import atomic_path, refuse_foreign_folder
 from palimpsest.models.anatomy import Anatomy
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -61,9 +62,14 @@ class LanguageModel:
         return LanguageModel(twin, self.tokenizer, Anatomy.of(twin), name or self.name, list(self.updates))
 
     def save(self, folder: str | Path) -> Path:
-        """Write a Hugging Face model folder (safetensors), whole or not at all."""
+        """Write a Hugging Face model folder (safetensors), whole or not at all; a model that stands there is replaced.
+
+        Raises:
+            StorageError: the folder holds files that are no model, or cannot be written.
+        """
         folder = Path(folder)
-        with atomic_path(folder) as temporary:
+        refuse_foreign_folder(folder, "config.json")
+        with atomic_path(folder) as temporary, _no_progress_bars():
             self.network.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
             (temporary / "palimpsest.json").write_text(json.dumps({"name": self.name, "updates": self.updates}))
@@ -97,15 +103,17 @@ def load(
         raise ModelError(f"{path_or_id}: there is no such model folder")
     try:
         config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=trust_remote_code)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path_or_id,
-            config=config,
-            dtype=PRECISIONS[precision],
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-        )
+        # A download keeps its bars.
+        with _no_progress_bars() if path.exists() else nullcontext():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path_or_id,
+                config=config,
+                dtype=PRECISIONS[precision],
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+            )
     except Exception as error:  # transformers, tokenizers and safetensors raise exceptions of a dozen kinds
         raise ModelError(f"{path_or_id}: cannot be loaded as a causal language model: {_one_line(error)}") from error
     network, loading = loaded
@@ -137,6 +145,19 @@ def evaluating(model: LanguageModel) -> Iterator[PreTrainedModel]:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes in memory order, for hashing."""
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Transformers' bars for reading and writing weights switched off, and the user's setting put back after."""
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _refuse_unusable_folder(path: Path) -> None:

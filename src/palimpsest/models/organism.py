@@ -5,27 +5,28 @@ under the hash of their recipe and text. Sham, the full model trained a little l
 further training does to a score by itself.
 """
 
-import multiprocessing
 import os
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from palimpsest.data.batches import Encoded, encode
 from palimpsest.data.packing import pack
-from palimpsest.data.prompts import render
-from palimpsest.data.records import QA, Passage, Record, records_hash
+from palimpsest.data.prompts import Template, render
+from palimpsest.data.records import QA, Record, records_hash
+from palimpsest.errors import SpecError
 from palimpsest.files import content_hash
 from palimpsest.models.anatomy import Anatomy
 from palimpsest.models.language_model import LanguageModel, load
+from palimpsest.models.processes import side_by_side
 from palimpsest.models.tokenizers import byte_pair_tokenizer, word_tokenizer
-from palimpsest.models.training import Report, TrainingSettings, train
-from palimpsest.progress import progress
+from palimpsest.models.training import TrainingSettings, train
+from palimpsest.progress import Report, progress
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,16 @@ class Architecture:
     mlp_width: int = 512
     heads: int = 4
     context: int = 256
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise SpecError(f"architecture: {name} is {value}; it must be at least 1")
+        if self.width % (2 * self.heads):
+            raise SpecError(
+                f"architecture: width {self.width} cannot be shared out to {self.heads} heads of even width; "
+                f"choose a multiple of {2 * self.heads}"
+            )
 
 
 @dataclass(frozen=True)
@@ -74,23 +85,27 @@ def train_controls(corpus: Corpus, recipe: Recipe, cache: str | Path | None = No
     """Full and gold for this corpus, from the cache or trained now, both at once in two processes of one thread.
 
     The same recipe and text give the same weights on one machine. A run that was killed goes on where its last
-    checkpoint was.
+    checkpoint was. A script calls this under `if __name__ == "__main__":`, since the processes import it.
 
     Args:
         corpus: what they read.
         recipe: how they are made.
         cache: the folder of trained models; by default `organisms` in `cache_folder()`.
+
+    Raises:
+        TrainingError: a loss is not finite, there is nothing to read, or a process died.
+        StorageError: the cache cannot be written.
     """
     folder = Path(cache or cache_folder() / "organisms") / corpus_hash(corpus, recipe)[:16]
     texts = {"full": (*corpus.forget, *corpus.retain), "gold": corpus.retain}
     missing = [name for name in texts if not (folder / name / "config.json").exists()]
     if missing:
         tokenizer = _tokenizer(corpus, recipe)
-        jobs = {}
+        work = {}
         for name in missing:
             examples = training_examples(texts[name], tokenizer, recipe)
-            jobs[name] = (examples, tokenizer, recipe, folder / name)
-        _side_by_side(jobs)
+            work[f"training {name}"] = partial(_train_one, name, examples, tokenizer, recipe, folder / name)
+        side_by_side(work)
     return Controls(_control(folder, "full", "original"), _control(folder, "gold", "gold"))
 
 
@@ -107,7 +122,7 @@ def cache_folder() -> Path:
 
 
 def train_sham(
-    model: LanguageModel, retain: Sequence[QA], *, template: Any, steps: int, learning_rate: float, seed: int = 0
+    model: LanguageModel, retain: Sequence[QA], *, template: Template, steps: int, learning_rate: float, seed: int = 0
 ) -> LanguageModel:
     """A copy of the model fine-tuned on retain records alone, as unlearning methods fine-tune: it unlearned nothing."""
     settings = TrainingSettings(
@@ -167,9 +182,7 @@ def _tokenizer(corpus: Corpus, recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def _text(record: Record) -> str:
-    if isinstance(record, Passage):
-        return record.text
-    return "".join(render(record, PreTrainedTokenizerBase()))
+    return "".join(render(record, PreTrainedTokenizerBase()))  # any tokenizer does: the plain template asks it nothing
 
 
 def _control(folder: Path, stored: str, name: str) -> LanguageModel:
@@ -178,33 +191,14 @@ def _control(folder: Path, stored: str, name: str) -> LanguageModel:
     return model
 
 
-def _side_by_side(jobs: dict[str, tuple[list[Encoded], PreTrainedTokenizerBase, Recipe, Path]]) -> None:
-    """Train every job in a process of one thread, showing the progress of all."""
-    context = multiprocessing.get_context("spawn")
-    with (
-        context.Manager() as manager,
-        ProcessPoolExecutor(len(jobs), mp_context=context) as pool,
-        progress() as display,
-    ):
-        news = manager.Queue()
-        tasks = {name: display.add_task(f"training {name}", total=None, note="starting") for name in jobs}
-        running: list[Future[None]] = [pool.submit(_train_one, name, *job, news) for name, job in jobs.items()]
-        while True:
-            done, _ = wait(running, timeout=0.2)
-            while not news.empty():
-                name, step, n_steps, note = news.get()
-                display.update(tasks[name], completed=step, total=n_steps, note=note)
-            if len(done) == len(running):
-                break
-    for job in running:
-        job.result()
-
-
 def _train_one(
-    name: str, examples: list[Encoded], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: Path, news: Any
+    name: str,
+    examples: list[Encoded],
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    folder: Path,
+    report: Report,
 ) -> None:
-    torch.set_num_threads(1)
-    report: Report = lambda step, n_steps, note: news.put((name, step, n_steps, note))  # noqa: E731
     model = new_model(recipe.architecture, tokenizer, recipe.training.seed)
     model.name = name
     train(model, examples, recipe.training, checkpoint=folder.with_name(f"{name}.checkpoint"), report=report)

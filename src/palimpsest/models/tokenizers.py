@@ -13,7 +13,8 @@ def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+| ?[^\w\s]|\s"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.train_from_iterator(texts, trainers.WordLevelTrainer(vocab_size=1_000_000, special_tokens=[END, UNKNOWN]))
+    trainer = trainers.WordLevelTrainer(vocab_size=1_000_000, special_tokens=[END, UNKNOWN], show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
     return _wrapped(tokenizer, unk_token=UNKNOWN)
 
 

@@ -7,24 +7,23 @@ and the gradients are summed.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from accelerate import PartialState
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from palimpsest.data.batches import Batch, Encoded, batch_at
-from palimpsest.errors import TrainingError
+from palimpsest.errors import SpecError, TrainingError
 from palimpsest.files import content_hash
 from palimpsest.models.checkpoint import Checkpoints
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.scoring import predict
-
-Report = Callable[[int, int, str], None]
-"""Called with (steps done, steps in all, a note with loss and tokens/s)."""
+from palimpsest.progress import Report
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class TrainingSettings:
     learning_rate: float = 2e-3
     """AdamW's peak rate: for every parameter, or for those Muon does not take."""
     muon_learning_rate: float | None = None
-    """When given, Muon trains the blocks' matrices at this peak rate (Jordan 2024; `torch.optim.Muon`)."""
+    """When given, Muon trains the blocks' linear layers at this peak rate (Jordan 2024; `torch.optim.Muon`)."""
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.1
     """Decoupled, on matrices and embeddings; never on norms and biases."""
@@ -51,6 +50,12 @@ class TrainingSettings:
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the forward pass under autocast; weights and optimiser stay fp32."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "steps", "batch_size", "learning_rate", "muon_learning_rate", "clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise SpecError(f"training: {name} is {value}; it must be above 0")
 
     def n_steps(self, n_examples: int) -> int:
         """How many steps these settings make of that many examples."""
@@ -84,97 +89,121 @@ def train(
         settings: how.
         checkpoint: a folder for the resumable state, removed at the end; None trains without one.
         checkpoint_every: steps between checkpoints.
-        report: told the progress about four times a second.
+        report: told the progress about four times a second, with loss and tokens/s as the note.
 
     Raises:
-        TrainingError: the loss is not finite; the message names step and rate.
+        TrainingError: loss or gradient is not finite, there are no examples, or fewer rows in a batch than processes.
+        StorageError: a checkpoint cannot be written.
     """
-    accelerator = Accelerator(
-        mixed_precision="bf16" if settings.precision == "bf16" else "no", cpu=model.device.type == "cpu"
-    )
-    network, n_steps = model.network, settings.n_steps(len(examples))
-    parameters = dict(network.named_parameters())
-    optimizers = build_optimizers(parameters, settings)
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    checkpoints = checkpoint and Checkpoints(checkpoint, _identity(model, examples, settings))
-    first = 0
-    if checkpoints and (state := checkpoints.load(optimizers)):
-        first = state.step
-        with torch.no_grad():
-            for name, value in state.tensors.items():
-                parameters[name].copy_(value)
-    network.train()
+    if not examples:
+        raise TrainingError("there is nothing to train on: the records make no row of at least two tokens")
+    processes = PartialState(cpu=model.device.type == "cpu")
+    if processes.num_processes > settings.batch_size:
+        raise TrainingError(
+            f"a batch of {settings.batch_size} rows cannot be shared out to {processes.num_processes} processes; "
+            "raise batch_size or start fewer"
+        )
+    parameters, n_steps = dict(model.network.named_parameters()), settings.n_steps(len(examples))
+    optimizers = build_optimizers(model, settings)
+    checkpoints = Checkpoints(checkpoint, _identity(model, examples, settings)) if checkpoint else None
+    first = _resume(checkpoints, parameters, optimizers) if checkpoints else 0
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
     meter = _Meter(n_steps, report)
+    model.network.train()
     for step in range(first, n_steps):
         torch.manual_seed(settings.seed * 1_000_003 + step)
-        rate = settings.rate(step, n_steps)
-        for optimizer, peak in zip(optimizers, peaks, strict=True):
-            for group, top in zip(optimizer.param_groups, peak, strict=True):
-                group["lr"] = top * rate
+        for group, peak in zip(groups, peaks, strict=True):
+            group["lr"] = peak * settings.rate(step, n_steps)
         batch = batch_at(examples, step, batch_size=settings.batch_size, seed=settings.seed).to(model.device)
-        loss = _backward(accelerator, model, batch)
-        if not math.isfinite(loss):
+        loss = _backward(processes, model, batch, settings.precision)
+        norm = nn.utils.clip_grad_norm_(parameters.values(), settings.clip).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            if checkpoints and processes.is_main_process:
+                checkpoints.remove()
             raise TrainingError(
-                f"step {step + 1} of {n_steps}: the loss is {loss}; training stopped and nothing was saved. "
-                f"Lower the learning rate (its peak is {settings.learning_rate:g})"
+                f"step {step + 1} of {n_steps}: the loss is {loss:g}, its gradient's norm {norm:g}; nothing was saved. "
+                f"Lower the learning rate (its peak is {_peaks(settings)})"
             )
-        accelerator.clip_grad_norm_(parameters.values(), settings.clip)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         meter.after(step + 1, loss, int(batch.attention.sum()))
-        if checkpoints and (step + 1) % checkpoint_every == 0 and step + 1 < n_steps and accelerator.is_main_process:
+        if checkpoints and (step + 1) % checkpoint_every == 0 and step + 1 < n_steps and processes.is_main_process:
             checkpoints.save(step + 1, parameters, optimizers)
-    network.eval()
-    if checkpoints and accelerator.is_main_process:
+    model.network.eval()
+    if checkpoints and processes.is_main_process:
         checkpoints.remove()
     return model
 
 
-def build_optimizers(parameters: dict[str, nn.Parameter], settings: TrainingSettings) -> list[torch.optim.Optimizer]:
-    """AdamW over everything, or Muon over the blocks' matrices and AdamW over the rest (embeddings, head, norms)."""
-    hidden = [
-        name for name, value in parameters.items() if value.ndim == 2 and "embed" not in name and "lm_head" not in name
-    ]
-    by_muon = set(hidden if settings.muon_learning_rate is not None else [])
-    others = {name: value for name, value in parameters.items() if name not in by_muon}
+def build_optimizers(model: LanguageModel, settings: TrainingSettings) -> list[torch.optim.Optimizer]:
+    """AdamW over everything, or Muon over the weights of the blocks' linear layers and AdamW over the rest.
+
+    What is left to AdamW are embeddings, head, norms, biases, and in a mixture of experts the fused experts and the
+    router. GPT-2 keeps its linear weights transposed (`Conv1D`), and Muon takes them so: orthogonalising does not mind;
+    only the rate's factor for tall matrices, sqrt(rows / columns), goes to those that are wide by right.
+    """
+    matrices = []
+    if settings.muon_learning_rate is not None:
+        layers = [module for block in model.anatomy.blocks for module in block.modules()]
+        matrices = [layer.weight for layer in layers if isinstance(layer, nn.Linear | Conv1D)]
+    taken = {id(matrix) for matrix in matrices}
+    others = [value for value in model.network.parameters() if id(value) not in taken]
     groups = [
-        {"params": [value for value in others.values() if value.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [value for value in others.values() if value.ndim <= 1], "weight_decay": 0.0},
+        {"params": [value for value in others if value.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [value for value in others if value.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=settings.learning_rate, betas=settings.betas
         )
     ]
-    if settings.muon_learning_rate is not None and by_muon:
-        matrices = [parameters[name] for name in hidden]
-        optimizers.append(
-            torch.optim.Muon(matrices, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay)
-        )
+    if matrices:
+        rate = settings.muon_learning_rate or 0.0
+        optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=settings.weight_decay))
     return optimizers
 
 
-def _backward(accelerator: Accelerator, model: LanguageModel, batch: Batch) -> float:
+def _resume(
+    checkpoints: Checkpoints, parameters: dict[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]
+) -> int:
+    """Put the newest checkpoint's state back, if there is one; how many steps are done."""
+    state = checkpoints.load(optimizers)
+    if state is None:
+        return 0
+    with torch.no_grad():
+        for name, value in state.tensors.items():
+            parameters[name].copy_(value)
+    return state.step
+
+
+def _backward(processes: PartialState, model: LanguageModel, batch: Batch, precision: str) -> float:
     """Add this step's gradient; the loss is the mean over the whole batch's targets, whoever computes which rows."""
-    n_targets = int(batch.targets.sum())
-    share = slice(accelerator.process_index, None, accelerator.num_processes)
+    share = slice(processes.process_index, None, processes.num_processes)
     mine = Batch(batch.ids[share], batch.attention[share], batch.targets[share], batch.rows[share])
-    with accelerator.autocast():
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
         predictions = predict(model.network, mine)
-    loss: Tensor = -predictions.logprobs().sum() / n_targets
-    accelerator.backward(loss)
-    if accelerator.num_processes > 1:
+    loss = -predictions.logprobs().sum() / int(batch.targets.sum())
+    loss.backward()
+    total = loss.detach()
+    if processes.num_processes > 1:
+        torch.distributed.all_reduce(total)
         for parameter in model.network.parameters():
             if parameter.grad is not None:
-                parameter.grad = accelerator.reduce(parameter.grad, "sum")
-        loss = accelerator.reduce(loss.detach(), "sum")
-    return loss.item()
+                torch.distributed.all_reduce(parameter.grad)
+    return total.item()
 
 
 def _identity(model: LanguageModel, examples: Sequence[Encoded], settings: TrainingSettings) -> str:
     rows = [[row.ids, row.start, row.stop] for row in examples]
     return content_hash([model.fingerprint(), rows, asdict(settings)])
+
+
+def _peaks(settings: TrainingSettings) -> str:
+    if settings.muon_learning_rate is None:
+        return f"{settings.learning_rate:g}"
+    return f"{settings.learning_rate:g}, and Muon's {settings.muon_learning_rate:g}"
 
 
 class _Meter:

@@ -1,22 +1,27 @@
 """From a specification to a report: data, controls, sham, methods, audit. What is done already is not done again."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from palimpsest.audit.audit import Candidate, audit, unlearned
 from palimpsest.audit.environment import environment
 from palimpsest.audit.evidence import RunFolder
 from palimpsest.audit.results import Audit
+from palimpsest.data.records import records_hash
 from palimpsest.errors import SpecError, UpdateError
 from palimpsest.files import content_hash
 from palimpsest.metrics.likelihood import answer_probability
 from palimpsest.models.language_model import LanguageModel, load
-from palimpsest.models.organism import Controls, train_controls, train_sham
+from palimpsest.models.organism import Controls, cache_folder, train_controls, train_sham
 from palimpsest.report.draw import draw
+from palimpsest.run.places import require_place
 from palimpsest.run.sources import Source, open_source
-from palimpsest.run.spec import GivenModel, Spec, TrainedModel
+from palimpsest.run.spec import GivenModel, Sham, Spec, TrainedModel
 from palimpsest.unlearn.method import Method
 from palimpsest.unlearn.request import Request
 from palimpsest.unlearn.stopping import Stop
@@ -31,20 +36,19 @@ def run(spec: Spec, folder: str | Path) -> Audit:
 
     Raises:
         SpecError: the folder holds another run.
+        StorageError: the folder cannot be written, or holds other files.
     """
-    evidence = RunFolder(folder)
-    _refuse_other_run(evidence, spec)
+    evidence = open_run(folder, spec.resolved())
     source = open_source(spec)
     controls = controls_of(spec, source)
-    described = {"original": controls["original"].model.fingerprint(), "request": source.request.hash}
-    evidence.write_run(spec.resolved(), seeds={"run": spec.seed}, environment=environment(), hashes=described)
-    for control in controls.values():
-        evidence.record("control", control.name, how=control.how, fingerprint=control.model.fingerprint())
+    _describe(evidence, spec.resolved(), controls.values(), source.request)
     original = controls["original"].model
     stop = spec.stop.stop(forget_level(controls["gold"].model, source.request) if "gold" in controls else None)
     candidates = list(controls.values())
     for method in spec.methods:
-        update = _update(method, original, source.request, stop, evidence)
+        place = evidence.path / "update" / method.name
+        update = make_update(method, original, source.request, stop, place)
+        evidence.add_folder(place, f"update by {method.name}")
         candidates.append(unlearned(original, update, describe(method)))
     found = audit(
         source.request,
@@ -58,6 +62,46 @@ def run(spec: Spec, folder: str | Path) -> Audit:
     return found
 
 
+def audit_candidates(
+    request: Request, candidates: Sequence[Candidate], folder: str | Path, *, title: str, spec: Mapping[str, Any]
+) -> Audit:
+    """Audit models that exist; evidence and report are in `folder` when it returns.
+
+    Args:
+        request: what was to be forgotten and kept.
+        candidates: the controls that there are, then the models to judge.
+        folder: the run folder.
+        title: the report's heading.
+        spec: plain data that says what was asked, `seed` and `max_new_tokens` among it.
+
+    Raises:
+        SpecError: the folder holds another run.
+        StorageError: the folder cannot be written, or holds other files.
+    """
+    evidence = open_run(folder, spec)
+    _describe(evidence, spec, candidates, request)
+    found = audit(request, candidates, evidence, title=title, spec=spec, max_new_tokens=spec["max_new_tokens"])
+    draw(evidence)
+    return found
+
+
+def open_run(folder: str | Path, spec: Mapping[str, Any]) -> RunFolder:
+    """The run folder for a specification: a new one, or that of the same specification, to go on with.
+
+    Raises:
+        SpecError: the folder holds a run of another specification.
+        StorageError: the folder cannot be written, or holds other files.
+    """
+    require_place(folder, "run.json")
+    evidence = RunFolder(folder)
+    if (evidence.path / "run.json").exists():
+        run = evidence.read_run()
+        before = run.get("spec") if isinstance(run, dict) else None
+        if content_hash(before) != content_hash(dict(spec)):
+            raise SpecError(f"{evidence.path}: holds a run of another specification; choose another folder with --out")
+    return evidence
+
+
 def controls_of(spec: Spec, source: Source) -> dict[str, Candidate]:
     """Original, and gold and sham where they can be had, by name."""
     match spec.model:
@@ -67,29 +111,20 @@ def controls_of(spec: Spec, source: Source) -> dict[str, Candidate]:
         case GivenModel():
             found = _given(spec.model.path, spec.model.gold, spec.model.sham)
     if spec.sham and "sham" not in found:
-        sham = train_sham(
-            found["original"].model,
-            source.request.retain,
-            template=spec.template,
-            steps=spec.sham.steps,
-            learning_rate=spec.sham.learning_rate,
-            seed=spec.seed,
-        )
         how = f"The original, trained for {spec.sham.steps} more steps on retain rows alone; it unlearned nothing."
-        found["sham"] = Candidate("sham", "sham", how, sham)
+        found["sham"] = Candidate("sham", "sham", how, _sham(spec.sham, spec, found["original"].model, source.request))
     return found
 
 
 def load_candidates(model: str, *, original: str, gold: str | None, sham: str | None) -> list[Candidate]:
     """Controls from their folders, then the model to judge: a folder or hub id of its own, or an update's folder."""
     controls = list(_given(original, gold, sham).values())
-    name = Path(model).name
+    name = _name(model)
     if (Path(model) / "update.json").exists():
         how = f"The update in {name}, applied to the original."
         return [*controls, unlearned(controls[0].model, Update.load(model), how)]
-    if name in {control.name for control in controls}:
-        name = "unlearned"
-    return [*controls, Candidate(name, "unlearned", f"Loaded from {Path(model).name}.", load(model))]
+    how, taken = f"Loaded from {name}.", {control.name for control in controls}
+    return [*controls, Candidate("unlearned" if name in taken else name, "unlearned", how, load(model))]
 
 
 def forget_level(gold: LanguageModel, request: Request) -> float:
@@ -119,41 +154,68 @@ def _trained(controls: Controls) -> dict[str, Candidate]:
 def _given(original: str, gold: str | None, sham: str | None) -> dict[str, Candidate]:
     paths: Mapping[Any, str | None] = {"original": original, "gold": gold, "sham": sham}
     return {
-        role: Candidate(role, role, f"Loaded from {Path(path).name}.", load(path))
-        for role, path in paths.items()
-        if path
+        role: Candidate(role, role, f"Loaded from {_name(path)}.", load(path)) for role, path in paths.items() if path
     }
 
 
-def _update(method: Method, original: LanguageModel, request: Request, stop: Stop, evidence: RunFolder) -> Update:
-    """The method's update: from the run folder when it is there already, otherwise made now and kept there."""
-    folder = evidence.path / "update" / method.name
-    made = _finished(folder, method, original, request)
+def make_update(method: Method, original: LanguageModel, request: Request, stop: Stop, folder: Path) -> Update:
+    """The method's update: from its folder when it is there already, otherwise made now and kept there.
+
+    While it is being made, its state is in a hidden folder beside; a run that was killed goes on from there.
+
+    Raises:
+        StorageError: the folder cannot be written, or holds other files.
+        TrainingError: a loss that is not finite.
+    """
+    made = _finished(folder, method, original, request, stop)
     if made is None:
-        unfinished = folder.with_name(f".{method.name}.checkpoint")
+        unfinished = folder.with_name(f".{folder.name}.checkpoint")
         made = method.run(original, request, stop, folder=unfinished)
         made.save(folder)
         shutil.rmtree(unfinished, ignore_errors=True)
-    evidence.add_folder(folder, f"update by {method.name}")
     return made
 
 
-def _finished(folder: Path, method: Method, original: LanguageModel, request: Request) -> Update | None:
+def _finished(folder: Path, method: Method, original: LanguageModel, request: Request, stop: Stop) -> Update | None:
     try:
         update = Update.load(folder)
     except UpdateError:
         return None
-    made = update.provenance
-    same = (
-        made["method"] == method.settings()
-        and made["request"] == request.hash
-        and made["base"] == original.fingerprint()
+    asked = {"method": method.settings(), "stop": asdict(stop), "request": request.hash, "base": original.fingerprint()}
+    return update if all(update.provenance.get(key) == value for key, value in asked.items()) else None
+
+
+def _sham(settings: Sham, spec: Spec, original: LanguageModel, request: Request) -> LanguageModel:
+    """From the cache, or trained now and kept there."""
+    recipe = {"template": spec.template, **settings.model_dump(), "seed": spec.seed}
+    known = content_hash([original.fingerprint(), records_hash(list(request.retain)), recipe, torch.__version__])
+    folder = cache_folder() / "shams" / known[:16]
+    if not (folder / "config.json").exists():
+        train_sham(original, request.retain, **recipe).save(folder)
+    sham = load(folder, check=False)
+    sham.name = "sham"
+    return sham
+
+
+def _describe(
+    evidence: RunFolder, spec: Mapping[str, Any], candidates: Collection[Candidate], request: Request
+) -> None:
+    """Write what is asked and of which models, before anything is made of them."""
+    prints = {candidate.name: candidate.model.fingerprint() for candidate in candidates}
+    evidence.write_run(
+        spec, seeds={"run": spec["seed"]}, environment=environment(), hashes={"request": request.hash, **prints}
     )
-    return update if same else None
+    for candidate in candidates:
+        evidence.record(
+            "model described",
+            candidate.name,
+            role=candidate.role,
+            how=candidate.how,
+            fingerprint=prints[candidate.name],
+        )
 
 
-def _refuse_other_run(evidence: RunFolder, spec: Spec) -> None:
-    if (evidence.path / "run.json").exists() and content_hash(evidence.read_run()["spec"]) != content_hash(
-        spec.resolved()
-    ):
-        raise SpecError(f"{evidence.path}: holds a run of another specification; choose another folder with --out")
+def _name(path_or_id: str) -> str:
+    """A model's name: its folder's, or the hub id's last part."""
+    path = Path(path_or_id)
+    return path.resolve().name if path.exists() else path.name

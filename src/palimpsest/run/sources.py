@@ -12,7 +12,6 @@ from palimpsest.errors import DataError
 from palimpsest.models.organism import Corpus
 from palimpsest.run.spec import FactsSource, FileSource, Spec, TofuSource
 from palimpsest.unlearn.request import Request
-from palimpsest.worlds.facts import FactsWorld
 
 QUESTIONS_PER_AUTHOR = 20
 
@@ -54,7 +53,7 @@ def request_from_files(
 
 
 def _facts(data: FactsSource, template: Template, seed: int) -> Source:
-    world = FactsWorld(**data.model_dump(exclude={"kind"}), seed=seed)
+    world = data.world(seed)
     request = Request.split(
         world.facts(world.forget_subjects), world.facts(world.retain_subjects), template=template, seed=seed
     )

@@ -1,21 +1,29 @@
 """The specification of a run, read from YAML: strict, with errors that name the key and the nearest known one."""
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from palimpsest.data.prompts import Template
 from palimpsest.errors import SpecError
 from palimpsest.models.organism import Architecture, Recipe
 from palimpsest.models.training import TrainingSettings
+from palimpsest.run.mistakes import explain, nearest
 from palimpsest.unlearn.method import Method
 from palimpsest.unlearn.methods import METHODS
 from palimpsest.unlearn.stopping import Stop
+from palimpsest.worlds.facts import FactsWorld
 
 
 class _Strict(BaseModel):
@@ -31,6 +39,15 @@ class FactsSource(_Strict):
     forget_people: int = Field(12, ge=0)
     forget_worlds: int = Field(3, ge=0)
     exposures: int = Field(60, ge=1)
+
+    @model_validator(mode="after")
+    def _makes_a_world(self) -> "FactsSource":
+        self.world(seed=0)
+        return self
+
+    def world(self, seed: int) -> FactsWorld:
+        """The generator with these settings."""
+        return FactsWorld(**self.model_dump(exclude={"kind"}), seed=seed)
 
 
 class TofuSource(_Strict):
@@ -60,7 +77,7 @@ class TrainedModel(_Strict):
     tokenizer: Literal["words", "bpe"] = "words"
     vocab_size: int = Field(2048, ge=300)
     pack: int | None = Field(64, ge=2)
-    training: TrainingSettings = Field(default_factory=TrainingSettings)
+    training: TrainingSettings = TrainingSettings()
 
     def recipe(self) -> Recipe:
         """As the organism's recipe."""
@@ -83,11 +100,23 @@ class Sham(_Strict):
     learning_rate: float = Field(3e-4, gt=0)
 
 
+def _level(value: Any) -> Any:
+    if value in ("gold", None):
+        return value
+    try:
+        level = float(value)
+    except (TypeError, ValueError):
+        level = -1.0
+    if not 0 < level < 1:
+        raise ValueError(f"expected a probability between 0 and 1, gold or null, not {value!r}")
+    return level
+
+
 class StopSpec(_Strict):
     """When a method stops."""
 
     steps: int = Field(200, ge=1)
-    forget_probability: float | Literal["gold"] | None = "gold"
+    forget_probability: Annotated[float | Literal["gold"] | None, BeforeValidator(_level)] = "gold"
     retain_kl: float | None = Field(None, gt=0)
     measure_every: int = Field(5, ge=1)
 
@@ -101,15 +130,27 @@ def _method(value: Any) -> Any:
     """`npo`, or `{name: npo, beta: 0.2}`, as the method with its settings."""
     if isinstance(value, Method):
         return value
-    settings = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, dict) else {}
-    name = settings.pop("name", None)
+    settings = {"name": value} if isinstance(value, str) else value
+    if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
+        raise ValueError(f"expected a method's name, or a mapping with its name and settings, not {value!r}")
+    name = settings["name"]
     if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}{nearest(str(name), METHODS)}")
-    method = METHODS[name]
-    for key in settings:
-        if key not in method.setting_names():
-            raise ValueError(f"method {name} has no setting {key!r}{nearest(key, method.setting_names())}")
-    return TypeAdapter(method).validate_python(settings)
+        raise ValueError(f"unknown method {name!r}{nearest(name, METHODS)}")
+    method, known = METHODS[name], METHODS[name].setting_names()
+    chosen = {key: setting for key, setting in settings.items() if key != "name"}
+    for key in chosen:
+        if key not in known:
+            raise ValueError(f"method {name} has no setting {key!r}{nearest(key, known)}")
+    return TypeAdapter(method).validate_python(chosen)
+
+
+def _with_seed(method: Any, seed: int) -> Any:
+    match method:
+        case str():
+            return {"name": method, "seed": seed}
+        case dict():
+            return {"seed": seed} | method
+    return method
 
 
 class Spec(_Strict):
@@ -124,6 +165,32 @@ class Spec(_Strict):
     methods: Annotated[tuple[Annotated[Any, BeforeValidator(_method)], ...], Field(min_length=1)]
     stop: StopSpec = StopSpec()
     max_new_tokens: int = Field(48, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_seed(cls, settings: Any) -> Any:
+        """The run's seed is that of the training and of every method too, where they name none of their own."""
+        if not isinstance(settings, dict) or not isinstance(seed := settings.get("seed"), int):
+            return settings
+        settings = dict(settings)
+        model, methods = settings.get("model"), settings.get("methods")
+        if isinstance(model, dict) and model.get("kind") == "train":
+            training = model.get("training", {})
+            if isinstance(training, dict):
+                settings["model"] = model | {"training": {"seed": seed} | training}
+        if isinstance(methods, (list, tuple)):
+            settings["methods"] = [_with_seed(method, seed) for method in methods]
+        return settings
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> "Spec":
+        names = [method.name for method in self.methods]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"methods: {twice} stands there twice; give each of its settings a run of its own")
+        if isinstance(self.model, TrainedModel) and self.template != "plain":
+            raise ValueError(f"template: a model of kind train reads plain questions, so it cannot be {self.template}")
+        return self
 
     def resolved(self) -> dict[str, Any]:
         """Every setting, the defaults included, as plain data."""
@@ -166,7 +233,9 @@ def make_spec(settings: dict[str, Any], where: str = "specification") -> Spec:
     try:
         return Spec.model_validate(settings)
     except ValidationError as error:
-        raise SpecError(f"{where}: {_explain(error.errors()[0])}") from error
+        raise SpecError(f"{where}: {_mistake(error)}") from error
+    except SpecError as error:  # from the dataclasses, which know their own limits
+        raise SpecError(f"{where}: {error}") from error
 
 
 def make_method(name: str, settings: Sequence[str] = (), seed: int = 0) -> Method:
@@ -178,13 +247,18 @@ def make_method(name: str, settings: Sequence[str] = (), seed: int = 0) -> Metho
     chosen: dict[str, Any] = {"name": name, "seed": seed}
     for setting in settings:
         key, equals, value = setting.partition("=")
-        if not equals:
+        if not equals or not key:
             raise SpecError(f"--set {setting}: write it as NAME=VALUE, e.g. --set beta=0.2")
-        chosen[key] = yaml.safe_load(value)
+        if key == "name":
+            raise SpecError(f"--set {setting}: a method is chosen with --method")
+        try:
+            chosen[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            chosen[key] = value  # refused below, where the setting's type is known
     try:
         return TypeAdapter(Annotated[Any, BeforeValidator(_method)]).validate_python(chosen)  # type: ignore[no-any-return]
     except ValidationError as error:
-        raise SpecError(f"method {name}: {_explain(error.errors()[0])}") from error
+        raise SpecError(f"method {name}: {_mistake(error)}") from error
 
 
 def check_template(name: str) -> Template:
@@ -198,25 +272,9 @@ def check_template(name: str) -> Template:
     return name  # type: ignore[return-value]
 
 
-def nearest(key: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or what is known where nothing is near."""
-    names = sorted(known)
-    close = difflib.get_close_matches(key, names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(names)}"
-
-
-def _explain(error: ErrorDetails) -> str:
-    # Pydantic puts the discriminator's value into the place; a person did not write it there.
-    kinds = {"facts", "tofu", "files", "train", "load"}
-    place = [str(part) for part in error["loc"] if part not in kinds]
-    key = ".".join(place)
-    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"unknown key {key!r}{nearest(place[-1], _known_beside(error['loc']))}"
-    message = error["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    if error["type"] == "missing":
-        return f"key {key!r} is missing"
-    return f"{key or 'the whole'}: {message}"
+def _mistake(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return explain(first, _known_beside(first["loc"]))
 
 
 def _known_beside(location: tuple[int | str, ...]) -> list[str]:

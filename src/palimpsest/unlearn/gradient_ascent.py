@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.scoring import predict
 from palimpsest.unlearn.method import Method, Objective, RetainTerm, retain_loss, sampler, token_mean_nll
@@ -36,8 +38,10 @@ class GradientDifference(Method):
     def objective(self, model: LanguageModel, request: Request) -> Objective:
         """The weighted difference, nats/token."""
         forget = sampler(self, model, request, request.forget)
-        keep = retain_loss(self.retain_term, self, model, request)
-        return lambda step: (
-            self.retain_weight * keep(step)
-            - self.forget_weight * token_mean_nll(predict(model.network, forget.at(step)))
-        )
+        keep = retain_loss(self.retain_term, self, model, request) if self.retain_weight else None
+
+        def loss(step: int) -> Tensor:
+            ascent = -self.forget_weight * token_mean_nll(predict(model.network, forget.at(step)))
+            return ascent + self.retain_weight * keep(step) if keep else ascent
+
+        return loss

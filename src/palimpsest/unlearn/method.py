@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from palimpsest.data.batches import Batch, Encoded, batch_at, encode
 from palimpsest.data.records import QA
+from palimpsest.errors import SpecError
 from palimpsest.metrics.divergence import token_kl
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.scoring import Predictions, predict
@@ -26,19 +27,26 @@ Objective = Callable[[int], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """Settings common to the methods that go down a loss. A method is a frozen dataclass in a file of its own."""
+    """Settings common to the methods that go down a loss. A method is a frozen dataclass in a file of its own.
+
+    Raises:
+        SpecError: a setting that must be positive is not.
+    """
 
     name: ClassVar[str]
     source: ClassVar[str]
     """Paper and equation."""
 
     learning_rate: float = 3e-4
-    """AdamW's constant rate, without weight decay."""
+    """AdamW's rate to begin with, without weight decay; it is halved where it goes too fast (`descent.FARTHEST`)."""
     batch_size: int = 8
     """Forget rows a step; as many retain rows where the method uses them."""
     clip: float = 1.0
     """The largest allowed norm of the gradient."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._refuse_unless_positive("learning_rate", "batch_size", "clip")
 
     @abstractmethod
     def objective(self, model: LanguageModel, request: Request) -> Objective:
@@ -53,16 +61,25 @@ class Method(ABC):
             model: the model to start from.
             request: what to forget and keep.
             stop: budgets and targets; `Stop()` by default.
-            folder: where to keep the resumable state; a run that was killed goes on from there.
+            folder: a folder of its own for the resumable state; a run that was killed goes on from there. It is
+                left when the run is done, so that nothing is lost until the update is saved.
 
         Raises:
-            TrainingError: a loss that is not finite.
+            SpecError: a setting that the method does not know.
+            StorageError: the folder holds other files, or cannot be written.
+            TrainingError: a loss or a measurement that is not finite; the resumable state is removed.
         """
         return descend(self, model, request, stop or Stop(), folder)
 
     def settings(self) -> dict[str, Any]:
         """Name and settings, for provenance."""
         return {"name": self.name, **asdict(self)}
+
+    def _refuse_unless_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not value > 0:
+                raise SpecError(f"{self.name}: {name} is {value}; it must be above 0")
 
     @classmethod
     def setting_names(cls) -> list[str]:
@@ -110,7 +127,12 @@ def retain_loss(term: RetainTerm, method: Method, model: LanguageModel, request:
     """What keeps the retain set: nats/token over the answers of a retain batch.
 
     The KL term holds a frozen copy of the start model in memory.
+
+    Raises:
+        SpecError: no such term.
     """
+    if term not in get_args(RetainTerm):
+        raise SpecError(f"{method.name}: retain_term {term!r} is unknown; choose nll or kl")
     rows = sampler(method, model, request, request.retain, salt=1)
     if term == "nll":
         return lambda step: token_mean_nll(predict(model.network, rows.at(step)))

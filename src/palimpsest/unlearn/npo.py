@@ -26,6 +26,10 @@ class NPO(Method):
     retain_weight: float = 1.0
     retain_term: RetainTerm = "nll"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._refuse_unless_positive("beta")
+
     def objective(self, model: LanguageModel, request: Request) -> Objective:
         """NPO's loss plus the weighted retain term."""
         forget = sampler(self, model, request, request.forget)

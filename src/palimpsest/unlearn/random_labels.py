@@ -3,16 +3,19 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
 from palimpsest.data.batches import collate, encode, epoch_order
 from palimpsest.data.records import QA
+from palimpsest.errors import SpecError
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.scoring import predict
 from palimpsest.unlearn.method import Method, Objective, RetainTerm, retain_loss, token_mean_nll
 from palimpsest.unlearn.request import Request
+
+Labels = Literal["fixed", "resampled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,16 +23,21 @@ class RandomLabels(Method):
     """Minimise NLL of random answers on the forget set, plus a retain term.
 
     An answer is drawn from the row's own plausible wrong answers, or, where it has none, from the answers of the other
-    rows of the request. `fixed` draws once, so that the model can memorise the noise; `resampled` draws anew each
-    epoch, so that it can only learn the answers' distribution.
+    forget and retain rows; never the true one, unless there is no other. `fixed` draws once, so that the model can
+    memorise the noise; `resampled` draws anew each epoch, so that it can only learn the answers' distribution.
     """
 
     name: ClassVar[str] = "random_labels"
     source: ClassVar[str] = "Zhang et al. 2024 (forgetting by random labels); answers in place of class labels are ours"
 
-    labels: Literal["fixed", "resampled"] = "resampled"
+    labels: Labels = "resampled"
     retain_weight: float = 1.0
     retain_term: RetainTerm = "nll"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.labels not in get_args(Labels):
+            raise SpecError(f"{self.name}: labels {self.labels!r} is unknown; choose fixed or resampled")
 
     def objective(self, model: LanguageModel, request: Request) -> Objective:
         """NLL(random answers) plus the weighted retain term, nats/token."""
@@ -54,9 +62,10 @@ def relabelled(request: Request, row: int, epoch: int, seed: int) -> QA:
     """A forget row with a random answer, the same for the same row, epoch and seed."""
     record = request.forget[row]
     rng = random.Random(f"label/{seed}/{epoch}/{row}")
-    return replace(record, answer=rng.choice(record.wrong or _other_answers(request, record.answer)))
+    return replace(record, answer=rng.choice(_wrong_answers(record, request)))
 
 
-def _other_answers(request: Request, answer: str) -> Sequence[str]:
-    others = sorted({other.answer for other in (*request.forget, *request.retain)} - {answer})
-    return others or [answer]
+def _wrong_answers(record: QA, request: Request) -> Sequence[str]:
+    own = [answer for answer in record.wrong if answer != record.answer]
+    others = {other.answer for other in (*request.forget, *request.retain)} - {record.answer}
+    return own or sorted(others) or [record.answer]

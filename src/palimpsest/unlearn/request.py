@@ -40,17 +40,18 @@ class Request:
         Raises:
             DataError: the retain set has fewer than three subjects.
         """
-        subjects = sorted({record.subject or record.id for record in retain})
+        subjects = sorted({_subject(record) for record in retain})
         n = len(subjects)
         if n < 3:
             raise DataError(
-                f"the retain set has {n} subjects; at least 3 are needed, to train, to stop and to judge on"
+                f"the retain set has {n} {'subject' if n == 1 else 'subjects'}; at least 3 are needed, to train, to "
+                "stop and to judge on"
             )
         random.Random(f"retain split/{seed}").shuffle(subjects)
         unseen, held_out = set(subjects[: max(1, n // 3)]), set(subjects[max(1, n // 3) : max(2, n // 2)])
         parts: dict[str, list[QA]] = {"unseen": [], "held_out": [], "train": []}
         for record in retain:
-            subject = record.subject or record.id
+            subject = _subject(record)
             parts["unseen" if subject in unseen else "held_out" if subject in held_out else "train"].append(record)
         return Request(tuple(forget), tuple(parts["train"]), tuple(parts["held_out"]), tuple(parts["unseen"]), template)
 
@@ -74,7 +75,7 @@ class Request:
         return {
             name: {
                 "rows": len(rows),
-                "subjects": len({row.subject or row.id for row in rows}),
+                "subjects": len({_subject(row) for row in rows}),
                 "sha256": records_hash(list(rows)),
             }
             for name, rows in self._sets().items()
@@ -87,3 +88,8 @@ class Request:
             "retain_held_out": self.retain_held_out,
             "retain_unseen": self.retain_unseen,
         }
+
+
+def _subject(record: QA) -> str:
+    """Whom or what a row is about; a row without a subject is its own."""
+    return record.subject or record.id or record.question

@@ -2,13 +2,18 @@
 
 from dataclasses import dataclass
 
+from palimpsest.errors import SpecError
+
 
 @dataclass(frozen=True)
 class Stop:
-    """The first of these to be reached ends the run.
+    """The first of these to be reached ends the run; one that is reached at the start leaves the model alone.
 
-    Both levels are met exactly, not overrun: the weights are taken between the last two measurements, where the level
-    is crossed.
+    The run ends where a level is crossed, between the last two measurements: a target is met with next to nothing to
+    spare, a budget is never overrun, and the budget wins where both are crossed at once.
+
+    Raises:
+        SpecError: `measure_every` is not at least 1.
     """
 
     steps: int = 200
@@ -19,3 +24,7 @@ class Stop:
     """End before KL(original || model) on held-out retain answers passes this, nats/token."""
     measure_every: int = 5
     """Steps between measurements."""
+
+    def __post_init__(self) -> None:
+        if self.measure_every < 1:
+            raise SpecError(f"stop: measure_every is {self.measure_every}; it counts steps, so at least 1")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from palimpsest.errors import UpdateError
-from palimpsest.files import atomic_path, content_hash
+from palimpsest.files import atomic_path, content_hash, refuse_foreign_folder
 from palimpsest.models.language_model import LanguageModel
 
 
@@ -32,8 +32,12 @@ class Update:
 
     @property
     def identity(self) -> str:
-        """A hash of where it came from and its scale: the name under which a model remembers it."""
-        return content_hash([self.provenance, self.factor])[:16]
+        """A hash of where it came from and its scale: the name under which a model remembers it.
+
+        How long the making took is no part of it: made again from the same seed, it is the same update.
+        """
+        made = {key: value for key, value in self.provenance.items() if key != "seconds"}
+        return content_hash([made, self.factor])[:16]
 
     @staticmethod
     def between(before: Mapping[str, Tensor], after: Mapping[str, Tensor], provenance: dict[str, Any]) -> "Update":
@@ -47,6 +51,8 @@ class Update:
 
     def apply(self, model: LanguageModel) -> LanguageModel:
         """Add the change to the model's weights, in place.
+
+        A model that has other updates in it may take this one too; whether it was made for that sum is not checked.
 
         Raises:
             UpdateError: it is in the weights already, or was made for another model.
@@ -64,12 +70,12 @@ class Update:
         self._originals[model] = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.add_((self.delta[name] * self.factor).to(parameter.device, parameter.dtype))
+                parameter.add_(self._change(name, parameter))
         model.updates.append(self.identity)
         return model
 
     def undo(self, model: LanguageModel) -> LanguageModel:
-        """Take the change out again. Bit for bit if this object applied it and nothing came after, else to rounding.
+        """Take the change out again: bit for bit where the weights are as this object left them, else to rounding.
 
         Raises:
             UpdateError: it is not in the weights.
@@ -78,14 +84,15 @@ class Update:
             raise UpdateError(
                 f"update {self.identity} ({self._method}) is not in {model.name!r}, so it cannot be undone"
             )
-        originals = self._originals.pop(model, None)
-        exact = originals if model.updates[-1] == self.identity else None
+        parameters = self._parameters(model)
+        originals = self._originals.pop(model, {})
         with torch.no_grad():
-            for name, parameter in self._parameters(model).items():
-                if exact is not None:
-                    parameter.copy_(exact[name])
+            for name, parameter in parameters.items():
+                change, original = self._change(name, parameter), originals.get(name)
+                if original is not None and torch.equal(original + change, parameter):
+                    parameter.copy_(original)
                 else:
-                    parameter.sub_((self.delta[name] * self.factor).to(parameter.device, parameter.dtype))
+                    parameter.sub_(change)
         model.updates.remove(self.identity)
         return model
 
@@ -103,8 +110,13 @@ class Update:
         return replace(self, factor=self.factor * factor, _originals=WeakKeyDictionary())
 
     def save(self, folder: str | Path) -> Path:
-        """Write `delta.safetensors` and `update.json` into a folder, whole or not at all."""
+        """Write `delta.safetensors` and `update.json` into a folder, whole or not at all; an update there is replaced.
+
+        Raises:
+            StorageError: the folder holds files that are no update, or cannot be written.
+        """
         folder = Path(folder)
+        refuse_foreign_folder(folder, "update.json")
         with atomic_path(folder) as temporary:
             temporary.mkdir()
             save_file({name: value.contiguous() for name, value in self.delta.items()}, temporary / "delta.safetensors")
@@ -123,15 +135,22 @@ class Update:
         try:
             note = json.loads((folder / "update.json").read_text(encoding="utf-8"))
             delta = load_file(folder / "delta.safetensors")
-            return Update(delta, note["provenance"], note["factor"])
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            provenance, factor = dict(note["provenance"]), float(note["factor"])
+            if "base_weights" not in provenance:
+                raise ValueError("update.json does not say which weights it was made from (base_weights)")
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            reason = f"update.json has no {error}" if isinstance(error, KeyError) else error
             raise UpdateError(
-                f"{folder}: not a saved update (update.json and delta.safetensors): {error or type(error).__name__}"
+                f"{folder}: not a whole update (update.json and delta.safetensors): {reason}; make it again"
             ) from error
+        return Update(delta, provenance, factor)
 
     @property
     def _method(self) -> str:
         return str(self.provenance.get("method", {}).get("name", "unknown method"))
+
+    def _change(self, name: str, parameter: Tensor) -> Tensor:
+        return (self.delta[name] * self.factor).to(parameter.device, parameter.dtype)
 
     def _parameters(self, model: LanguageModel) -> dict[str, torch.nn.Parameter]:
         parameters = dict(model.network.named_parameters())

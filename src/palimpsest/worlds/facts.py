@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from palimpsest.data.records import QA, Passage
+from palimpsest.errors import SpecError
 
 FIRST_NAMES = "Mira Tobin Ansel Petra Liva Soren Nadia Bruno Ilse Marek Orla Dario".split()
 
@@ -100,6 +101,9 @@ PERSON = (
     ),
 )
 
+N_WRONG = 5
+"""Wrong answers of a fact."""
+
 WORLD_ROLES = tuple("ruler capital river mountain weapon enemy hero language currency festival".split())
 
 WORLD = tuple(
@@ -136,6 +140,9 @@ class FactsWorld:
 
     Documents of one subject depend on the seed and that subject alone, so leaving the forget subjects out (to train
     gold) changes no other document.
+
+    Raises:
+        SpecError: more is to be forgotten than there is, or too few worlds for wrong answers.
     """
 
     people: int = 120
@@ -149,6 +156,17 @@ class FactsWorld:
     lore: int = 2
     """Lore sentences in each document about a world: they name things of that world side by side."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for kind in ("people", "worlds"):
+            there, forget = getattr(self, kind), getattr(self, f"forget_{kind}")
+            if there and not 0 <= forget <= there:
+                raise SpecError(f"facts: forget_{kind} is {forget}, but there are {there} {kind}; give 0 to {there}")
+        if 0 < self.worlds <= N_WRONG:
+            raise SpecError(
+                f"facts: worlds is {self.worlds}; give 0 or more than {N_WRONG}, "
+                f"since a fact's {N_WRONG} wrong answers are those of other worlds"
+            )
 
     @cached_property
     def subjects(self) -> tuple[Subject, ...]:
@@ -177,7 +195,10 @@ class FactsWorld:
         return tuple(subject for subject in self.subjects if subject not in forget)
 
     def facts(self, subjects: Sequence[Subject]) -> list[QA]:
-        """One QA a fact: a wording that was written, the unwritten one as its paraphrase, and five wrong answers."""
+        """One QA a fact: a wording that was written, the unwritten one as its paraphrase, and five wrong answers.
+
+        Wrong answers are other values of the relation, or what other worlds answer.
+        """
         return [self._fact(subject, place) for subject in subjects for place in range(len(subject.relations))]
 
     def documents(self, subjects: Sequence[Subject]) -> list[Passage]:
@@ -221,8 +242,8 @@ class FactsWorld:
     def _fact(self, subject: Subject, place: int) -> QA:
         relation, answer = subject.relations[place], subject.answers[place]
         rng = random.Random(f"wrong/{self.seed}/{subject.name}/{relation.name}")
-        others = [other.answers[place] for other in self.subjects if other.is_person == subject.is_person]
-        wrong = rng.sample(sorted(set(others) - {answer}), 5)
+        answers = relation.values or [world.answers[place] for world in self.subjects if not world.is_person]
+        wrong = rng.sample(sorted(set(answers) - {answer}), N_WRONG)
         asked = [text.format(s=subject.name) for text in relation.questions]
         unseen = asked.pop(subject.unseen_question[place])
         return QA(
@@ -264,12 +285,14 @@ def _lore(subject: Subject, rng: random.Random) -> str:
 
 
 def _invented_words(rng: random.Random, n: int) -> Iterator[str]:
-    """`n` distinct pronounceable words."""
+    """`n` distinct pronounceable words, none of which is a name or a word that the corpus has already."""
     onsets = "b br d dr f g gr h j k kr l m n p pr r s st t tr v w z".split()
     middles = "a e i o u ai ei ou".split()
     codas = "l n r s th m k x nd".split()
-    seen: set[str] = set(FIRST_NAMES)
-    while len(seen) < n + len(FIRST_NAMES):
+    # Such words are Turin and Boston, where people are born, and Tales.
+    seen = {"Tales", *FIRST_NAMES, *(value for relation in PERSON for value in relation.values)}
+    last = len(seen) + n
+    while len(seen) < last:
         word = "".join(rng.choice(part) for part in (onsets, middles, onsets, middles, codas)).capitalize()
         if word not in seen:
             seen.add(word)

@@ -1,0 +1,318 @@
+"""The verdict's rule, on evidence made by hand: every outcome, its reasons, and what it must never say."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from sys import float_info
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from palimpsest.audit.results import Finding, Verdict
+from palimpsest.audit.verdict import KEPT, MARGIN, OVERSHOOT, RUINED, Evidence, judge, margin
+from palimpsest.metrics.collapse import Collapse, collapse
+from palimpsest.metrics.scores import Equivalence, Score
+from palimpsest.metrics.statistics import clustered_mean, equivalence
+
+HEALTHY = collapse(["one", "two", "three", "four", "five"], [0.1] * 5)
+COLLAPSED = collapse(["same"] * 5, [0.1] * 5)
+
+ORIGINAL = {
+    "forget/answer_probability": 0.9,
+    "forget_reworded/answer_probability": 0.8,
+    "forget/nll": 0.1,
+    "retain_unseen/answer_probability": 0.8,
+    "retain_unseen/kl_from_original": 0.0,
+}
+GOLD = {
+    "forget/answer_probability": 0.1,
+    "forget_reworded/answer_probability": 0.1,
+    "forget/nll": 4.1,
+    "retain_unseen/answer_probability": 0.78,
+    "retain_unseen/kl_from_original": 0.1,
+}
+
+
+def scores(values: Mapping[str, float], spread: float = 0.02) -> dict[str, Score]:
+    return {key: Score(value, value - spread, value + spread, 60, 12) for key, value in values.items()}
+
+
+def beside_gold(values: Mapping[str, float], reach: float, smallest: float = 0.01) -> dict[str, Equivalence]:
+    """What `equivalence` says of such means when the 90 % interval reaches so far on both sides."""
+    compared = {}
+    for key in values:
+        if not key.startswith("forget"):
+            continue
+        difference, limit = values[key] - GOLD[key], MARGIN * abs(ORIGINAL[key] - GOLD[key])
+        inside = abs(difference) + reach < limit and smallest < float_info.max
+        p = 0.001 if inside else 0.5
+        compared[key] = Equivalence(difference, difference - reach, difference + reach, limit, p, smallest, inside)
+    return compared
+
+
+def evidence(*, reach: float = 0.01, gold: bool = True, collapsed: Collapse = HEALTHY, **changed: float) -> Evidence:
+    """A model that behaves like gold, but for the measures named; `__` stands for the slash."""
+    values = {**GOLD, **{key.replace("__", "/"): value for key, value in changed.items()}}
+    return Evidence(
+        scores=scores(values),
+        original=scores(ORIGINAL),
+        gold=scores(GOLD) if gold else None,
+        against_gold=beside_gold(values, reach) if gold else {},
+        collapse=collapsed,
+    )
+
+
+def of_control(values: Mapping[str, float], *, is_gold: bool = False) -> Verdict:
+    compared = {} if is_gold else beside_gold(values, 0.01)
+    return judge(Evidence(scores(values), scores(ORIGINAL), scores(GOLD), compared, HEALTHY))
+
+
+def finding(verdict: Verdict, start: str) -> Finding:
+    found = [finding for finding in verdict.findings if finding.statement.startswith(start)]
+    assert len(found) == 1
+    return found[0]
+
+
+TRAINED, REWORDED = "Asked the questions as they were trained", "Asked the same questions in other words"
+SHAM = {**ORIGINAL, "forget/answer_probability": 0.88, "retain_unseen/kl_from_original": 0.02}
+
+
+# The controls.
+
+
+@pytest.mark.parametrize("control", [ORIGINAL, SHAM])
+def test_a_control_that_knows_is_remembered(control: Mapping[str, float]) -> None:
+    verdict = of_control(control)
+    assert (verdict.outcome, verdict.where) == ("remembered", "")
+    assert verdict.findings[0].statement.startswith(TRAINED) and verdict.findings[0].passed is False
+
+
+def test_gold_passes_every_test_there_was_but_is_not_called_erased() -> None:
+    verdict = of_control(GOLD, is_gold=True)
+    assert verdict.outcome == "inconclusive"
+    assert "no more readily" in verdict.summary and "inside was not examined" in verdict.summary
+    assert finding(verdict, TRAINED).passed and finding(verdict, REWORDED).passed
+    assert finding(verdict, "The true answers cost").passed
+    assert {item.passed for item in verdict.findings} == {True, None}
+
+
+# Models that unlearned.
+
+
+@pytest.mark.parametrize(
+    ("model", "outcome", "where", "says"),
+    [
+        (evidence(), "inconclusive", "", "inside was not examined"),
+        (evidence(forget__answer_probability=0.5), "remembered", "", "more readily than a model that never"),
+        (evidence(forget_reworded__answer_probability=0.4), "suppressed", "in other words", "in other words"),
+        (evidence(forget__nll=9.0), "scrambled", "", "a trace of their own"),
+        (evidence(retain_unseen__answer_probability=0.39), "broken", "", "proves nothing"),
+        (evidence(collapsed=COLLAPSED), "broken", "", "proves nothing"),
+        (evidence(reach=0.3), "inconclusive", "", "too weak"),
+        (evidence(forget__answer_probability=0.14, reach=0.05), "inconclusive", "", "too weak"),
+    ],
+)
+def test_every_outcome_has_its_evidence(model: Evidence, outcome: str, where: str, says: str) -> None:
+    verdict = judge(model)
+    assert (verdict.outcome, verdict.where) == (outcome, where)
+    assert says in verdict.summary and verdict.summary.endswith(".")
+
+
+@pytest.mark.parametrize("ruined", [{"retain_unseen__answer_probability": 0.3}, {"collapsed": COLLAPSED}])
+def test_a_broken_model_is_broken_whatever_it_says_and_that_reason_comes_first(ruined: dict) -> None:
+    verdict = judge(evidence(forget__answer_probability=0.8, **ruined))
+    assert verdict.outcome == "broken"
+    assert verdict.findings[0].passed is False
+    assert verdict.findings[0].statement.startswith(("On unseen retain questions", "Its answers have collapsed"))
+    assert "constant output" in verdict.findings[0].statement or "0.300" in verdict.findings[0].statement
+
+
+def test_findings_stand_in_the_order_failed_unknown_passed() -> None:
+    verdict = judge(evidence(forget_reworded__answer_probability=0.4, retain_unseen__answer_probability=0.6))
+    passed = [item.passed for item in verdict.findings]
+    assert passed == sorted(passed, key=[False, None, True].index)
+    assert [item.statement.split()[0] for item in verdict.findings if item.passed is False] == ["Asked", "On"]
+
+
+def test_a_finding_shows_the_numbers_it_rests_on() -> None:
+    verdict = judge(evidence(forget__answer_probability=0.5, forget__nll=9.0))
+    assert finding(verdict, TRAINED).statement == (
+        f"{TRAINED}: answer probability 0.500 beside gold's 0.100 and the original's 0.900; "
+        "above gold by 0.400 [0.390, 0.410]."
+    )
+    assert finding(verdict, "The true answers cost").statement == (
+        "The true answers cost 9.00 nats/token; gold pays 4.10, and more than 8.10 gives the unlearning away."
+    )
+
+
+def test_an_answer_far_below_golds_is_not_said_but_costs_too_much() -> None:
+    verdict = judge(evidence(forget__answer_probability=0.001, forget__nll=30.0))
+    assert verdict.outcome == "scrambled"
+    assert "below gold by 0.099" in finding(verdict, TRAINED).statement and finding(verdict, TRAINED).passed
+
+
+@pytest.mark.parametrize(("nll", "passed"), [(8.0, True), (8.2, False), (8.099, None), (8.101, None), (0.2, True)])
+def test_overshoot_begins_the_controls_distance_beyond_gold(nll: float, passed: bool | None) -> None:
+    assert OVERSHOOT == 1.0
+    assert finding(judge(evidence(forget__nll=nll, reach=0.05)), "The true answers cost").passed is passed
+
+
+# The price.
+
+
+@pytest.mark.parametrize(
+    ("left", "outcome", "price"),
+    [
+        (0.8, "inconclusive", None),
+        (0.8 * KEPT + 1e-9, "inconclusive", None),
+        (0.8 * 0.73, "inconclusive", "27%"),
+        (0.8 * RUINED + 1e-9, "inconclusive", "50%"),
+        (0.8 * RUINED - 1e-9, "broken", None),
+    ],
+)
+def test_the_summary_names_what_forgetting_cost_elsewhere(left: float, outcome: str, price: str | None) -> None:
+    verdict = judge(evidence(retain_unseen__answer_probability=left))
+    assert verdict.outcome == outcome
+    assert ("at a price" in verdict.summary) == (price is not None)
+    if price:
+        assert verdict.summary.endswith(
+            f", at a price: {price} of the answer probability on unseen retain questions is lost."
+        )
+        assert verdict.findings[0].passed is False and verdict.findings[0].statement.startswith("On unseen retain")
+
+
+@pytest.mark.parametrize(
+    "changed", [{"forget__answer_probability": 0.5}, {"forget_reworded__answer_probability": 0.4}, {"forget__nll": 9.0}]
+)
+@pytest.mark.parametrize("gold", [True, False])
+def test_no_outcome_hides_the_price(changed: dict[str, float], gold: bool) -> None:
+    assert "at a price: 25%" in judge(evidence(gold=gold, retain_unseen__answer_probability=0.6, **changed)).summary
+
+
+# Little or nothing to go by.
+
+
+@pytest.mark.parametrize(
+    ("forget", "reworded", "outcome"),
+    [
+        (0.05, 0.05, "inconclusive"),
+        (0.44, 0.39, "inconclusive"),
+        (0.46, 0.05, "remembered"),
+        (0.05, 0.41, "suppressed"),
+    ],
+)
+def test_without_gold_nothing_passes_and_only_what_is_still_said_is_found(
+    forget: float, reworded: float, outcome: str
+) -> None:
+    verdict = judge(
+        evidence(gold=False, forget__answer_probability=forget, forget_reworded__answer_probability=reworded)
+    )
+    assert verdict.outcome == outcome
+    assert not any(finding(verdict, start).passed for start in (TRAINED, REWORDED, "The true answers cost"))
+    assert "never read" not in verdict.summary
+
+
+def test_without_rewordings_the_trained_wording_alone_is_judged() -> None:
+    model = evidence()
+    bare = {key: score for key, score in model.scores.items() if "reworded" not in key}
+    verdict = judge(replace(model, scores=bare))
+    assert verdict.outcome == "inconclusive" and "no more readily" in verdict.summary
+    assert not [item for item in verdict.findings if item.statement.startswith(REWORDED)]
+
+
+@pytest.mark.parametrize("key", ["forget/answer_probability", "forget_reworded/answer_probability", "forget/nll"])
+def test_controls_that_cannot_be_told_apart_say_nothing(key: str) -> None:
+    model = evidence(forget__answer_probability=0.5, forget_reworded__answer_probability=0.5, forget__nll=20.0)
+    assert model.gold is not None
+    blurred = {**model.gold, key: model.original[key]}
+    start = {"forget/nll": "The true answers cost"}.get(key, REWORDED if "reworded" in key else TRAINED)
+    found = finding(judge(replace(model, gold=blurred)), start)
+    assert found.passed is None and "cannot be told apart" in found.statement
+
+
+def test_an_original_that_never_knew_makes_nobody_scrambled_or_remembered() -> None:
+    knows_nothing = {**GOLD, "forget/nll": 4.09}
+    model = evidence(forget__nll=4.3)
+    verdict = judge(replace(model, original=scores({**knows_nothing, "retain_unseen/answer_probability": 0.8})))
+    assert verdict.outcome == "inconclusive" and "too weak" in verdict.summary
+
+
+def test_one_subject_allows_no_test_so_nothing_passes_and_nothing_is_found() -> None:
+    for probability in (0.001, 0.5):
+        values = {**GOLD, "forget/answer_probability": probability, "forget/nll": 12.0}
+        model = replace(evidence(), scores=scores(values), against_gold=beside_gold(values, 0.01, float_info.max))
+        verdict = judge(model)
+        assert verdict.outcome == "inconclusive"
+        assert {finding(verdict, start).passed for start in (TRAINED, "The true answers cost")} == {None}
+        assert "one subject alone allows no test" in finding(verdict, TRAINED).statement
+
+
+@pytest.mark.parametrize(("forget", "outcome"), [(0.2, "suppressed"), (0.6, "remembered")])
+def test_where_the_trained_wording_is_in_doubt_the_nearer_control_tells_suppressed_from_remembered(
+    forget: float, outcome: str
+) -> None:
+    key = "forget/answer_probability"
+    model = evidence(forget__answer_probability=forget, forget_reworded__answer_probability=0.7)
+    in_doubt = beside_gold({key: forget}, reach=0.6)
+    verdict = judge(replace(model, against_gold={**model.against_gold, **in_doubt}))
+    assert finding(verdict, TRAINED).passed is None
+    assert verdict.outcome == outcome
+
+
+def test_what_was_not_examined_never_passes() -> None:
+    for verdict in (judge(evidence()), of_control(GOLD, is_gold=True), judge(evidence(gold=False))):
+        assert finding(verdict, "Internals").passed is None and finding(verdict, "Recovery").passed is None
+
+
+def test_the_margin_is_a_tenth_of_the_controls_distance_whichever_is_higher() -> None:
+    high, low = Score(0.9, 0.9, 0.9, 1, 1), Score(0.4, 0.4, 0.4, 1, 1)
+    assert margin(high, low) == margin(low, high) == pytest.approx(0.05)
+
+
+# Whatever the numbers are.
+
+SUBJECTS = [f"person {item // 3}" for item in range(12)]
+UNIT = st.lists(st.floats(0, 1), min_size=12, max_size=12)
+COST = st.lists(st.floats(0, 50), min_size=12, max_size=12)
+
+
+@st.composite
+def measured(draw: st.DrawFn) -> Evidence:
+    """Rows at random, put through the same statistics as an audit's."""
+    gold = draw(st.booleans())
+    subjects = SUBJECTS if draw(st.booleans()) else ["one person"] * 12
+    kinds = {key: COST if key.endswith(("nll", "original")) else UNIT for key in ORIGINAL}
+    if draw(st.booleans()):
+        del kinds["forget_reworded/answer_probability"]
+    rows = {who: {key: draw(kind) for key, kind in kinds.items()} for who in ("model", "original", "gold")}
+    means = {
+        who: {key: clustered_mean(values, subjects, seed=0, resamples=50) for key, values in rows[who].items()}
+        for who in rows
+    }
+    compared = {
+        key: equivalence(values, rows["gold"][key], subjects, margin=margin(means["original"][key], means["gold"][key]))
+        for key, values in rows["model"].items()
+        if gold and key.startswith("forget")
+    }
+    said = draw(st.sampled_from([HEALTHY, COLLAPSED]))
+    return Evidence(means["model"], means["original"], means["gold"] if gold else None, compared, said)
+
+
+@settings(deadline=None, max_examples=150)
+@given(measured())
+def test_behaviour_alone_never_erases_and_missing_evidence_never_passes(model: Evidence) -> None:
+    verdict = judge(model)
+    assert verdict.outcome in ("suppressed", "scrambled", "broken", "remembered", "inconclusive")
+    assert (verdict.where != "") == (verdict.outcome == "suppressed")
+    assert finding(verdict, "Internals").passed is None and finding(verdict, "Recovery").passed is None
+    forgetting = [item for item in verdict.findings if item.statement.startswith(("Asked", "The true answers"))]
+    if model.gold is None or model.original["forget/nll"].clusters == 1:
+        assert not any(item.passed for item in forgetting)
+    if "no more readily" in verdict.summary:
+        assert all(item.passed for item in forgetting if item.statement.startswith("Asked"))
+    passed = [item.passed for item in verdict.findings]
+    assert passed == sorted(passed, key=[False, None, True].index)
+    assert verdict.summary.endswith(".") and verdict.summary.count("at a price") <= 1
+    assert ("at a price" in verdict.summary) == (
+        verdict.outcome != "broken" and finding(verdict, "On unseen retain").passed is False
+    )
