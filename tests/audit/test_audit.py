@@ -300,7 +300,7 @@ def test_a_model_with_another_tokenizer_is_refused_before_any_work(
     monkeypatch.setattr(audit_module, "_read_all", lambda *_: pytest.fail("something was measured"))
     model = controls[1].model
     other = replace(model, tokenizer=word_tokenizer(["Question: who?\nAnswer: nobody"]))
-    with pytest.raises(ModelError, match="other: its tokenizer is not that of original; audit models that share one"):
+    with pytest.raises(ModelError, match="other: its tokenizer is not the original's; audit models that share one"):
         audit_small([*controls[:1], Candidate("other", "unlearned", "", other)])
 
 

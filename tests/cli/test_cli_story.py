@@ -284,7 +284,7 @@ def test_help_explains_every_verb_and_every_option(verb: str, monkeypatch: pytes
     assert (code, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 80
     told = " ".join(" ".join(line.strip("│ ") for line in out.splitlines()).split())
-    assert command.help and command.help.rstrip(".").split(":")[0] in told
+    assert command.help and " ".join(command.help.replace("`", "").split()).split(":")[0] in told.replace("`", "")
     for parameter in command.params:
         assert getattr(parameter, "help", None), f"{verb}: {parameter.name} is not explained"
         assert isinstance(parameter, click.Argument) or any(name in told for name in parameter.opts)

@@ -226,9 +226,7 @@ def test_a_file_where_a_model_should_be(room: Path) -> None:
 def test_a_model_of_another_vocabulary(room: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     tokenizer = word_tokenizer(["Question: who?\nAnswer: nobody"])
     other = new_model(Architecture(1, 16, 16, 2, 32), tokenizer, seed=0).save(tmp_path_factory.mktemp("m") / "other")
-    assert "its tokenizer is not that of original; audit models that share one" in mistake(
-        room, audit(room, model=other)
-    )
+    assert "its tokenizer is not the original's; audit models that share one" in mistake(room, audit(room, model=other))
 
 
 def test_an_update_of_another_model_and_one_that_is_cut_short(room: Path) -> None:

@@ -1,6 +1,7 @@
 """Where a run ends: at the first level that is crossed, never over the budget, and why it says it ended."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from palimpsest.errors import SpecError
 from palimpsest.metrics.divergence import kl_per_item
 from palimpsest.metrics.likelihood import answer_probability
+from palimpsest.unlearn.descent import FARTHEST, _Run
 from palimpsest.unlearn.gradient_ascent import GradientAscent
 from palimpsest.unlearn.random_labels import RandomLabels
 from palimpsest.unlearn.stopping import Stop
@@ -102,7 +104,8 @@ def test_measuring_more_rarely_than_the_steps_still_measures_the_end(trained):
 
 def test_a_level_crossed_at_the_last_step_is_the_reason(trained):
     free, _ = run(trained, steps=10)
-    trace, why = run(trained, steps=10, forget_probability=free[-1]["forget_probability"])
+    # One stretch to the end, which there is no going back on.
+    trace, why = run(trained, steps=10, measure_every=10, forget_probability=free[-1]["forget_probability"])
     assert why.startswith("the forget set was down") and trace[-1]["step"] > 9
 
 
@@ -140,3 +143,40 @@ def test_the_trace_is_what_the_metrics_say(trained):
 def test_measuring_never_is_refused(every):
     with pytest.raises(SpecError, match=f"measure_every is {every}; .* at least 1"):
         Stop(measure_every=every)
+
+
+def test_a_rate_that_goes_too_fast_is_halved_until_it_does_not(trained):
+    target = 0.2
+    update = GradientAscent(learning_rate=0.01).run(trained.full, trained.request, Stop(300, target))
+    made = update.provenance
+    levels_on_the_way = [point["forget_probability"] for point in made["trace"]]
+    way = levels_on_the_way[0] - target
+    drops = [before - after for before, after in itertools.pairwise(levels_on_the_way)]
+    assert max(drops) <= FARTHEST * way + 1e-6
+    assert levels_on_the_way[-1] == pytest.approx(target, abs=3 * TOLERANCE)
+    halvings = math.log2(made["method"]["learning_rate"] / made["last_rate"])
+    assert halvings >= 2 and halvings == round(halvings)
+
+
+def test_a_gentle_rate_is_left_alone(trained):
+    update = GradientAscent(learning_rate=1e-4).run(trained.full, trained.request, Stop(60, 0.2))
+    assert update.provenance["last_rate"] == 1e-4
+
+
+def test_an_interrupted_run_remembers_that_its_rate_was_halved(trained, tmp_path, monkeypatch):
+    method, stop = GradientAscent(learning_rate=0.01), Stop(300, 0.2)
+    whole = method.run(trained.full, trained.request, stop)
+    step = _Run._step
+
+    def interrupted(self):
+        if self.halvings == 2:
+            raise KeyboardInterrupt
+        step(self)
+
+    monkeypatch.setattr(_Run, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        method.run(trained.full, trained.request, stop, folder=tmp_path / "run")
+    monkeypatch.undo()
+    again = method.run(trained.full, trained.request, stop, folder=tmp_path / "run")
+    assert again.provenance["last_rate"] == whole.provenance["last_rate"]
+    assert all(torch.equal(change, again.delta[name]) for name, change in whole.delta.items())

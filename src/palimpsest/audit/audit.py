@@ -60,8 +60,7 @@ def audit(
         ModelError: a candidate's tokenizer is not the original's.
         EvidenceError: a model's score is not a finite number; nothing is written then.
     """
-    controls = _controls(candidates)
-    _require_one_tokenizer(controls["original"], candidates)
+    controls = controls_among(candidates)
     gold = controls.get("gold")
     battery = Battery(request, controls["original"].model, gold.model if gold else None, max_new_tokens)
     readings = _read_all(battery, candidates)
@@ -87,7 +86,13 @@ def unlearned(original: LanguageModel, update: Update, how: str) -> Candidate:
     return Candidate(name, "unlearned", how, update.apply(replace(original.copy(name), updates=[])), update)
 
 
-def _controls(candidates: Sequence[Candidate]) -> dict[Role, Candidate]:
+def controls_among(candidates: Sequence[Candidate]) -> dict[Role, Candidate]:
+    """The controls by their roles, once it is sure that these models can be audited together.
+
+    Raises:
+        SpecError: there is no original, two of one control, or two candidates of one name.
+        ModelError: a candidate's tokenizer is not the original's.
+    """
     controls = [candidate for candidate in candidates if candidate.role != "unlearned"]
     by_role = {control.role: control for control in controls}
     if "original" not in by_role:
@@ -98,17 +103,12 @@ def _controls(candidates: Sequence[Candidate]) -> dict[Role, Candidate]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise SpecError(f"two audited models are called {twice!r}; give every model a name of its own")
-    return by_role
-
-
-def _require_one_tokenizer(original: Candidate, candidates: Sequence[Candidate]) -> None:
-    """Divergences compare predictions of the same tokens, so every model must know the same ones."""
-    vocabulary = original.model.tokenizer.get_vocab()
+    # Divergences compare predictions of the same tokens.
+    vocabulary = by_role["original"].model.tokenizer.get_vocab()
     for candidate in candidates:
         if candidate.model.tokenizer.get_vocab() != vocabulary:
-            raise ModelError(
-                f"{candidate.name}: its tokenizer is not that of {original.name}; audit models that share one"
-            )
+            raise ModelError(f"{candidate.name}: its tokenizer is not the original's; audit models that share one")
+    return by_role
 
 
 def _read_all(battery: Battery, candidates: Sequence[Candidate]) -> dict[str, Reading]:
@@ -204,8 +204,13 @@ def _path(update: Update | None) -> dict[str, Any]:
             for point in made["trace"]
         ),
         "seconds": made["seconds"],
-        "stopped": made["stopped"],
+        "stopped": made["stopped"] + _slowed(made),
     }
+
+
+def _slowed(made: Mapping[str, Any]) -> str:
+    begun, last = made["method"]["learning_rate"], made["last_rate"]
+    return f"; it went too fast at a learning rate of {begun:g}, which came down to {last:.2g}" if last < begun else ""
 
 
 def _examples(battery: Battery, readings: Mapping[str, Reading]) -> list[Example]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from palimpsest.audit.audit import Candidate, audit, unlearned
+from palimpsest.audit.audit import Candidate, audit, controls_among, unlearned
 from palimpsest.audit.environment import environment
 from palimpsest.audit.evidence import RunFolder
 from palimpsest.audit.results import Audit
@@ -41,6 +41,7 @@ def run(spec: Spec, folder: str | Path) -> Audit:
     evidence = open_run(folder, spec.resolved())
     source = open_source(spec)
     controls = controls_of(spec, source)
+    controls_among(list(controls.values()))  # refuses what cannot be audited before anything is written
     _describe(evidence, spec.resolved(), controls.values(), source.request)
     original = controls["original"].model
     stop = spec.stop.stop(forget_level(controls["gold"].model, source.request) if "gold" in controls else None)
@@ -75,9 +76,11 @@ def audit_candidates(
         spec: plain data that says what was asked, `seed` and `max_new_tokens` among it.
 
     Raises:
-        SpecError: the folder holds another run.
+        SpecError: the folder holds another run, or the candidates cannot be audited together.
+        ModelError: a candidate's tokenizer is not the original's.
         StorageError: the folder cannot be written, or holds other files.
     """
+    controls_among(candidates)  # refuses what cannot be audited before anything is written
     evidence = open_run(folder, spec)
     _describe(evidence, spec, candidates, request)
     found = audit(request, candidates, evidence, title=title, spec=spec, max_new_tokens=spec["max_new_tokens"])

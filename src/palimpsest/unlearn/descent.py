@@ -155,7 +155,8 @@ class _Run:
         )
 
     def _went_too_far(self, now: Measurement) -> bool:
-        if self.stop.forget_probability is None or self.halvings == HALVINGS:
+        out_of_steps = self.step >= self.stop.steps  # then going back to the level is all that can be done
+        if self.stop.forget_probability is None or self.halvings == HALVINGS or out_of_steps:
             return False
         way = self.trace[0].forget_probability - self.stop.forget_probability
         return self.trace[-1].forget_probability - now.forget_probability > FARTHEST * way
