@@ -158,7 +158,10 @@ def test_a_method_brings_its_path_its_time_and_why_it_stopped(found: Audit, upda
     for name, update in updates.items():
         model = found.model(name)
         made = update.provenance["trace"]
-        assert (model.seconds, model.stopped) == (update.provenance["seconds"], update.provenance["stopped"])
+        assert model.seconds == update.provenance["seconds"]
+        why = update.provenance["stopped"]
+        slowed = update.provenance["last_rate"] < update.provenance["method"]["learning_rate"]
+        assert model.stopped.startswith(f"{why}; it went too fast at a learning rate of 0.001" if slowed else why)
         assert [point.retain_kl for point in model.trace] == [point["retain_kl"] for point in made]
         start = found.model("original").scores["forget/answer_probability"].value
         assert model.trace[0] == TracePoint(0, pytest.approx(start), pytest.approx(0, abs=1e-6))

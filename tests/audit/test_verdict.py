@@ -110,6 +110,9 @@ def test_gold_passes_every_test_there_was_but_is_not_called_erased() -> None:
         (evidence(collapsed=COLLAPSED), "broken", "", "proves nothing"),
         (evidence(reach=0.3), "inconclusive", "", "too weak"),
         (evidence(forget__answer_probability=0.14, reach=0.05), "inconclusive", "", "too weak"),
+        (evidence(forget__answer_probability=0.17, reach=0.03), "inconclusive", "", "too weak"),
+        (evidence(forget__answer_probability=0.02, reach=0.09), "inconclusive", "", "too weak"),
+        (evidence(forget__answer_probability=0.02, reach=0.06), "inconclusive", "", "inside was not examined"),
     ],
 )
 def test_every_outcome_has_its_evidence(model: Evidence, outcome: str, where: str, says: str) -> None:
@@ -228,6 +231,15 @@ def test_controls_that_cannot_be_told_apart_say_nothing(key: str) -> None:
     start = {"forget/nll": "The true answers cost"}.get(key, REWORDED if "reworded" in key else TRAINED)
     found = finding(judge(replace(model, gold=blurred)), start)
     assert found.passed is None and "cannot be told apart" in found.statement
+    # Nor do intervals that only just touch.
+    reach = abs(model.original[key].value - model.gold[key].value) / 2
+    for room, passed in ((0.001, None), (-0.001, False)):
+        wide = {
+            who: {key: replace(of[key], low=of[key].value - reach - room, high=of[key].value + reach + room)}
+            for who, of in (("original", model.original), ("gold", model.gold))
+        }
+        touching = replace(model, original={**model.original, **wide["original"]}, gold={**model.gold, **wide["gold"]})
+        assert finding(judge(touching), start).passed is passed
 
 
 def test_an_original_that_never_knew_makes_nobody_scrambled_or_remembered() -> None:

@@ -60,10 +60,14 @@ def test_settings_reach_the_recipe() -> None:
 
 def test_the_runs_seed_is_everyones_who_names_none() -> None:
     model = {"kind": "train", "training": {"epochs": 2}}
-    spec = make_spec(LEAST | {"seed": 7, "model": model, "methods": ["npo", {"name": "random_labels", "seed": 1}]})
+    methods = ["npo", {"name": "random_labels", "seed": 1}, {"name": "grad_diff"}]
+    spec = make_spec(LEAST | {"seed": 7, "model": model, "methods": methods})
     assert isinstance(spec.model, TrainedModel)
     assert spec.model.training == TrainingSettings(epochs=2, seed=7)
-    assert [method.seed for method in spec.methods] == [7, 1]
+    assert [method.seed for method in spec.methods] == [7, 1, 7]
+    for training, seed in (({}, 7), ({"seed": 9}, 9)):
+        model = {"kind": "train", "training": training}
+        assert make_spec(LEAST | {"seed": 7, "model": model}).model.training.seed == seed  # type: ignore[union-attr]
     assert make_spec(LEAST | {"seed": 7}).model.training.seed == 7  # type: ignore[union-attr]
 
 

@@ -82,25 +82,18 @@ def _torch() -> dict[str, Any]:
     try:
         import torch
 
+        from palimpsest.models.hardware import bf16_instructions
+
         threads = torch.get_num_threads()
         return {
             "torch_works": True,
             "threads": threads,
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "bf16": _bf16_instructions(),
+            "bf16": bf16_instructions(),
             "gflops": _speeds(threads),
         }
     except (ImportError, OSError, RuntimeError) as error:
         return {"torch_works": False, "torch_error": str(error).splitlines()[0]}
-
-
-def _bf16_instructions() -> list[str]:
-    """The processor's own bf16 instructions; without any, bf16 works but is slower than fp32."""
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        flags = set()
-    return sorted(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def _speeds(threads: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ DEMO: dict[str, Any] = {
     "data": {"kind": "facts"},
     "model": {
         "kind": "train",
-        "training": {"learning_rate": 5e-3, "muon_learning_rate": 0.02, "precision": "bf16"},
+        "training": {"learning_rate": 5e-3, "muon_learning_rate": 0.02, "precision": "auto"},
     },
     "methods": ["grad_ascent", "grad_diff", "npo", "random_labels"],
     "max_new_tokens": 8,

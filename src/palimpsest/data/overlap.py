@@ -43,6 +43,11 @@ class Overlap:
             found.append(f"{asked} with different answers" + _first_groups(self.same_question))
         return "; ".join(found)
 
+    @property
+    def clean(self) -> bool:
+        """Whether no row stands twice and no question is answered in two ways."""
+        return not (self.forget_duplicates or self.retain_duplicates or self.shared or self.same_question)
+
     def check(self) -> None:
         """Refuse a request that asks to forget only what it asks to keep.
 

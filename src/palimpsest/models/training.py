@@ -21,6 +21,7 @@ from palimpsest.data.batches import Batch, Encoded, batch_at
 from palimpsest.errors import SpecError, TrainingError
 from palimpsest.files import content_hash
 from palimpsest.models.checkpoint import Checkpoints
+from palimpsest.models.hardware import bf16_is_fast
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.scoring import predict
 from palimpsest.progress import Report
@@ -47,8 +48,8 @@ class TrainingSettings:
     """What is left of the peak rate at the end."""
     clip: float = 1.0
     """The largest allowed norm of the gradient."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs the forward pass under autocast; weights and optimiser stay fp32."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """bf16 runs the forward pass under autocast, auto where that is fast; weights and optimiser stay fp32."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -109,6 +110,8 @@ def train(
     first = _resume(checkpoints, parameters, optimizers) if checkpoints else 0
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
+    fast = settings.precision == "auto" and bf16_is_fast(model.device)
+    in_bf16 = fast or settings.precision == "bf16"
     meter = _Meter(n_steps, report)
     model.network.train()
     for step in range(first, n_steps):
@@ -116,7 +119,7 @@ def train(
         for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = peak * settings.rate(step, n_steps)
         batch = batch_at(examples, step, batch_size=settings.batch_size, seed=settings.seed).to(model.device)
-        loss = _backward(processes, model, batch, settings.precision)
+        loss = _backward(processes, model, batch, in_bf16)
         norm = nn.utils.clip_grad_norm_(parameters.values(), settings.clip).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             if checkpoints and processes.is_main_process:
@@ -178,11 +181,11 @@ def _resume(
     return state.step
 
 
-def _backward(processes: PartialState, model: LanguageModel, batch: Batch, precision: str) -> float:
+def _backward(processes: PartialState, model: LanguageModel, batch: Batch, in_bf16: bool) -> float:
     """Add this step's gradient; the loss is the mean over the whole batch's targets, whoever computes which rows."""
     share = slice(processes.process_index, None, processes.num_processes)
     mine = Batch(batch.ids[share], batch.attention[share], batch.targets[share], batch.rows[share])
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=in_bf16):
         predictions = predict(model.network, mine)
     loss = -predictions.logprobs().sum() / int(batch.targets.sum())
     loss.backward()

@@ -10,6 +10,7 @@ from palimpsest.data.readers import read_records, with_block_subjects
 from palimpsest.data.records import QA, Record
 from palimpsest.errors import DataError
 from palimpsest.models.organism import Corpus
+from palimpsest.progress import console
 from palimpsest.run.spec import FactsSource, FileSource, Spec, TofuSource
 from palimpsest.unlearn.request import Request
 
@@ -48,7 +49,10 @@ def request_from_files(
         DataError: a file or row is not as expected, is no QA, or forget and retain are the same.
     """
     forget_rows, retain_rows = _questions(forget, format), _questions(retain, format)
-    find_overlap(forget_rows, retain_rows).check()
+    overlap = find_overlap(forget_rows, retain_rows)
+    overlap.check()
+    if not overlap.clean:
+        console.print(f"note: {overlap.summary()}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     return Request.split(forget_rows, retain_rows, template=template, seed=seed)
 
 
