@@ -4,6 +4,7 @@ import torch
 from tiny_families import FAMILIES, n_hooks, tiny, tiny_batch, tiny_model, tiny_rows
 
 from palimpsest.data.batches import Encoded, collate
+from palimpsest.errors import DataError
 from palimpsest.models.scoring import Predictions, predict, score_rows
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -105,3 +106,12 @@ def test_no_hook_is_left_after_an_exception_in_the_forward_pass():
     with network.lm_head.register_forward_hook(fail), pytest.raises(ZeroDivisionError):
         predict(network, tiny_batch(4))
     assert n_hooks(network) == 0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_row_longer_than_the_models_positions_is_refused_in_one_line(family):
+    network = tiny(family)
+    limit = network.config.max_position_embeddings
+    long = Encoded((3,) * (limit + 1), 1, limit + 1)
+    with pytest.raises(DataError, match=f"a row has {limit + 1} tokens, but the model has {limit} positions"):
+        predict(network, collate([long], [0]))

@@ -209,7 +209,7 @@ def _path(update: Update | None) -> dict[str, Any]:
 
 
 def _slowed(made: Mapping[str, Any]) -> str:
-    begun, last = made["method"]["learning_rate"], made["last_rate"]
+    begun, last = made["method"]["learning_rate"], made.get("last_rate", made["method"]["learning_rate"])
     return f"; it went too fast at a learning rate of {begun:g}, which came down to {last:.2g}" if last < begun else ""
 
 

@@ -38,7 +38,7 @@ class FactsSource(_Strict):
     worlds: int = Field(24, ge=0)
     forget_people: int = Field(12, ge=0)
     forget_worlds: int = Field(3, ge=0)
-    exposures: int = Field(60, ge=1)
+    exposures: int = Field(70, ge=1)
 
     @model_validator(mode="after")
     def _makes_a_world(self) -> "FactsSource":

@@ -30,7 +30,7 @@ class RandomLabels(Method):
     name: ClassVar[str] = "random_labels"
     source: ClassVar[str] = "Zhang et al. 2024 (forgetting by random labels); answers in place of class labels are ours"
 
-    labels: Labels = "resampled"
+    labels: Labels = "fixed"
     retain_weight: float = 1.0
     retain_term: RetainTerm = "nll"
 

@@ -149,7 +149,7 @@ class FactsWorld:
     worlds: int = 24
     forget_people: int = 12
     forget_worlds: int = 3
-    exposures: int = 60
+    exposures: int = 70
     """How often every fact is written."""
     question_share: float = 0.25
     """The share of exposures in question-and-answer form."""
