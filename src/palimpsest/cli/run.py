@@ -19,7 +19,8 @@ DEMO: dict[str, Any] = {
         "kind": "train",
         "training": {"learning_rate": 5e-3, "muon_learning_rate": 0.02, "precision": "auto"},
     },
-    "methods": ["grad_ascent", "grad_diff", "npo", "random_labels"],
+    "methods": [{"name": name, "batch_size": 32} for name in ("grad_ascent", "grad_diff", "npo", "random_labels")],
+    "stop": {"steps": 400},
     "max_new_tokens": 8,
 }
 """Invented people and worlds, a Llama of 1.2 million parameters, its gold, and the first four methods."""
