@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("palimpsest", "torch", "transformers", "tokenizers", "numpy", "scipy")
+PACKAGES = ("palimpsest", "transformers", "tokenizers", "numpy", "scipy")
 """Those whose version can change a number."""
 
 
@@ -17,6 +17,7 @@ def environment() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
+        "torch": torch.__version__,  # with its build, which its package version leaves out: +cpu or +cu130
         "platform": platform.platform(),
         "processors": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
