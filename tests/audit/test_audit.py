@@ -235,6 +235,19 @@ def test_notes_name_what_is_missing(controls: list[Candidate], audit_small: Audi
     assert notes([original], plain) == {"No gold", "No sham", "The forget rows"}
 
 
+def test_an_update_made_for_another_split_is_noted(
+    found: Audit,
+    controls: list[Candidate],
+    updates: dict[str, Update],
+    audit_small: Auditor,
+    trained: Organism,
+) -> None:
+    said = "npo was made for other rows or another split"
+    assert not any(note.startswith(said) for note in found.notes)  # the very request it was made for
+    elsewhere = audit_small([*controls, unlearned(trained.full, updates["npo"], "By npo.")])
+    assert any(note.startswith(said) for note in elsewhere.notes)
+
+
 def test_without_gold_there_is_no_comparison_and_no_verdict_better_than_inconclusive(
     controls: list[Candidate], audit_small: Auditor, trained: Organism, updates: dict[str, Update]
 ) -> None:

@@ -74,7 +74,7 @@ def audit(
         request=request.summary(),
         spec=dict(spec),
         environment=environment(),
-        notes=tuple(_notes(controls, request)),
+        notes=tuple(_notes(controls, candidates, request)),
     )
     run.write_audit(found)
     return found
@@ -229,7 +229,7 @@ def _examples(battery: Battery, readings: Mapping[str, Reading]) -> list[Example
     ]
 
 
-def _notes(controls: Mapping[Role, Candidate], request: Request) -> list[str]:
+def _notes(controls: Mapping[Role, Candidate], candidates: Sequence[Candidate], request: Request) -> list[str]:
     notes = ["Behaviour only: whether the knowledge is still inside, or can be brought back, was not examined."]
     if "gold" not in controls:
         notes.append(
@@ -237,6 +237,12 @@ def _notes(controls: Mapping[Role, Candidate], request: Request) -> list[str]:
         )
     if "sham" not in controls:
         notes.append("No sham: what further training does to a score by itself is not known here.")
+    for candidate in candidates:
+        if candidate.update and candidate.update.provenance["request"] != request.hash:
+            notes.append(
+                f"{candidate.name} was made for other rows or another split of them (files, template or seed), "
+                "so the retain rows called unseen may have been trained on."
+            )
     if not request.forget_reworded:
         notes.append(
             "The forget rows have no held-out wordings: forgetting is known only for the wording that was trained."
