@@ -25,7 +25,7 @@ from palimpsest.data.readers import read_records
 from palimpsest.metrics.scores import Score
 from palimpsest.models.language_model import load
 from palimpsest.run.spec import Spec, make_spec
-from palimpsest.unlearn.method import Method
+from palimpsest.unlearn.descent import Descent
 from palimpsest.unlearn.update import Update
 
 TOFU_LOGS = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "tofu_eval_logs"
@@ -145,7 +145,7 @@ def test_unlearn_writes_an_update_and_a_model_and_leaves_the_first_alone(
 
 
 def test_unlearn_again_finds_what_is_there(change: Path, unlearn: Words, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Method, "run", lambda *_, **__: pytest.fail("it ran again"))
+    monkeypatch.setattr(Descent, "run", lambda *_, **__: pytest.fail("it ran again"))
     before = bytes_of(change)
     code, out, _ = invoke(*unlearn)
     assert code == 0 and bytes_of(change) == before

@@ -19,8 +19,8 @@ from palimpsest.metrics.likelihood import answer_probability
 from palimpsest.run import pipeline
 from palimpsest.run.pipeline import audit_candidates, describe, forget_level, load_candidates, make_update, run
 from palimpsest.run.spec import make_spec
+from palimpsest.unlearn.descent import Descent
 from palimpsest.unlearn.gradient_ascent import GradientAscent
-from palimpsest.unlearn.method import Method
 from palimpsest.unlearn.npo import NPO
 from palimpsest.unlearn.random_labels import RandomLabels
 from palimpsest.unlearn.stopping import Stop
@@ -89,7 +89,7 @@ def test_a_second_run_trains_nothing_and_finds_the_same(
 ) -> None:
     folder, audit = finished
     written = times_of(cache) | times_of(folder / "update")
-    monkeypatch.setattr(Method, "run", lambda *_, **__: pytest.fail("a method ran again"))
+    monkeypatch.setattr(Descent, "run", lambda *_, **__: pytest.fail("a method ran again"))
     monkeypatch.setattr(pipeline, "train_sham", lambda *_, **__: pytest.fail("sham was trained again"))
     assert run(make_spec(TINY), folder) == audit
     assert written == times_of(cache) | times_of(folder / "update")
@@ -100,7 +100,7 @@ def test_the_order_of_keys_and_what_is_left_to_defaults_make_no_other_run(
     finished: tuple[Path, Audit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, audit = finished
-    monkeypatch.setattr(Method, "run", lambda *_, **__: pytest.fail("a method ran again"))
+    monkeypatch.setattr(Descent, "run", lambda *_, **__: pytest.fail("a method ran again"))
     described = json.loads((folder / "run.json").read_text())["spec"]
     assert run(make_spec(dict(reversed(described.items()))), folder) == audit
 
@@ -162,15 +162,15 @@ def test_a_run_killed_between_methods_goes_on_with_the_next(
 ) -> None:
     _, audit = finished
     ran: list[str] = []
-    whole = Method.run
+    whole = Descent.run
 
-    def noted(method: Method, *given: Any, **named: Any) -> Update:
+    def noted(method: Descent, *given: Any, **named: Any) -> Update:
         ran.append(method.name)
         if method.name == "random_labels" and len(ran) == 2:
             raise Killed
         return whole(method, *given, **named)
 
-    monkeypatch.setattr(Method, "run", noted)
+    monkeypatch.setattr(Descent, "run", noted)
     with pytest.raises(Killed):
         run(make_spec(TINY), tmp_path / "run")
     assert not (tmp_path / "run" / "audit.json").exists()
@@ -231,12 +231,12 @@ def test_an_update_is_taken_from_its_folder_only_if_all_that_made_it_is_the_same
     made = make_update(method, organism.full, request, stop, tmp_path / "npo")
     assert [path.name for path in tmp_path.iterdir()] == ["npo"]
     with monkeypatch.context() as patch:
-        patch.setattr(Method, "run", lambda *_, **__: pytest.fail("it ran again"))
+        patch.setattr(Descent, "run", lambda *_, **__: pytest.fail("it ran again"))
         kept = make_update(method, organism.full, request, stop, tmp_path / "npo")
         assert kept.identity == made.identity
     ran: list[str] = []
-    whole = Method.run
-    monkeypatch.setattr(Method, "run", lambda m, *given, **named: ran.append(m.name) or whole(m, *given, **named))
+    whole = Descent.run
+    monkeypatch.setattr(Descent, "run", lambda m, *given, **named: ran.append(m.name) or whole(m, *given, **named))
     for other in (
         (replace(method, beta=0.2), organism.full, request, stop),
         (method, organism.full, request, Stop(steps=1)),

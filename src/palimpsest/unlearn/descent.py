@@ -8,31 +8,27 @@ Batches follow from the step alone, so a run that was killed goes on from its ch
 
 import math
 import time
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from palimpsest.data.batches import encode
 from palimpsest.errors import TrainingError
 from palimpsest.files import content_hash
-from palimpsest.metrics.divergence import reference_logprobs
 from palimpsest.models.checkpoint import Checkpoints
 from palimpsest.models.language_model import LanguageModel
-from palimpsest.models.scoring import score_rows
 from palimpsest.progress import progress
+from palimpsest.unlearn.gauge import Gauge
+from palimpsest.unlearn.losses import Objective
+from palimpsest.unlearn.method import Method
 from palimpsest.unlearn.request import Request
-from palimpsest.unlearn.stopping import Stop
+from palimpsest.unlearn.stopping import Measurement, Stop
 from palimpsest.unlearn.update import Update
+from palimpsest.unlearn.weights import copied, put, trainable
 
-if TYPE_CHECKING:
-    from palimpsest.unlearn.method import Method
-
-HELD_OUT_BYTES = 2_000_000_000
-"""Bytes that the start model's predictions on held-out retain rows may take; fewer rows are measured beyond that."""
 FARTHEST = 0.25
 """The share of the way from the start to the forget level that one stretch between measurements may go."""
 HALVINGS = 12
@@ -41,25 +37,42 @@ BISECTIONS = 8
 """Halvings of the last stretch: its level is met within 1/256 of it."""
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Where unlearning stands after a step."""
+@dataclass(frozen=True, kw_only=True)
+class Descent(Method):
+    """Settings common to the methods that go down a loss by AdamW.
 
-    step: float
-    """Fractional at the end of a run that stopped between two measurements."""
-    forget_probability: float
-    """Mean answer probability on the forget set."""
-    retain_kl: float
-    """KL(start || model) on held-out retain answers, nats/token."""
+    Raises:
+        SpecError: a setting that must be positive is not.
+    """
+
+    learning_rate: float = 3e-4
+    """AdamW's rate to begin with, without weight decay; it is halved where it goes too fast (`FARTHEST`)."""
+    batch_size: int = 8
+    """Forget rows a step; as many retain rows where the method uses them."""
+    clip: float = 1.0
+    """The largest allowed norm of the gradient."""
+
+    def __post_init__(self) -> None:
+        self._refuse_unless_positive("learning_rate", "batch_size", "clip")
+
+    @abstractmethod
+    def objective(self, model: LanguageModel, request: Request) -> Objective:
+        """The loss as a function of the step; whatever is computed once is computed here."""
+
+    def run(
+        self, model: LanguageModel, request: Request, stop: Stop | None = None, *, folder: str | Path | None = None
+    ) -> Update:
+        """Go down the objective until `stop`; see `Method.run`."""
+        return descend(self, model, request, stop or Stop(), folder)
 
 
-def descend(method: "Method", model: LanguageModel, request: Request, stop: Stop, folder: str | Path | None) -> Update:
+def descend(method: Descent, model: LanguageModel, request: Request, stop: Stop, folder: str | Path | None) -> Update:
     """Run a method's objective down from the model's weights; see `Method.run`."""
     base = {"base_weights": model.weights_hash(), "base": model.fingerprint()}
     provenance = {"method": method.settings(), "stop": asdict(stop), "request": request.hash, **base}
     checkpoints = Checkpoints(folder, content_hash(provenance)) if folder else None
-    parameters, was_training = _trainable(model), model.network.training
-    start = _copy(parameters)
+    parameters, was_training = trainable(model), model.network.training
+    start = copied(parameters)
     try:
         run = _Run(method, model, request, stop, checkpoints)
         reason = run.to_the_end()
@@ -67,7 +80,7 @@ def descend(method: "Method", model: LanguageModel, request: Request, stop: Stop
         found = {"stopped": reason, "trace": trace, "last_rate": run.rate, "seconds": run.seconds()}
         return Update.between(start, parameters, provenance | found)
     finally:
-        _put(parameters, start)
+        put(parameters, start)
         model.network.zero_grad()
         model.network.train(was_training)
 
@@ -76,23 +89,23 @@ class _Run:
     """The state of one run: the optimiser, the trace of measurements, and the weights at the last of them."""
 
     def __init__(
-        self, method: "Method", model: LanguageModel, request: Request, stop: Stop, checkpoints: Checkpoints | None
+        self, method: Descent, model: LanguageModel, request: Request, stop: Stop, checkpoints: Checkpoints | None
     ) -> None:
         self.started = time.monotonic()
         self.method, self.model, self.stop, self.checkpoints = method, model, stop, checkpoints
-        self.parameters = _trainable(model)
+        self.parameters = trainable(model)
         self.objective = method.objective(model, request)
         self.halvings = 0
         self.optimizer = self._fresh_optimizer()
-        self.gauge = _Gauge(model, request)
+        self.gauge = Gauge(model, request)
         self.step = 0
         self.trace = [self._measure(0)]
         self._resume()
-        self.last = _copy(self.parameters)
+        self.last = copied(self.parameters)
 
     def to_the_end(self) -> str:
         """Step until something stops the run; the model is left where it stopped. Says why, for people."""
-        if reason := self._reason_to_stop(self.trace[0]):
+        if reason := self.stop.reason(self.trace[0]):
             return reason
         with progress() as display:
             task = display.add_task(f"unlearning with {self.method.name}", total=self.stop.steps, note="")
@@ -106,10 +119,10 @@ class _Run:
                     continue
                 note = f"forget {now.forget_probability:.3f}  retain KL {now.retain_kl:.3f}"
                 display.update(task, completed=self.step, note=note)
-                if self._reason_to_stop(now):
+                if self.stop.reason(now):
                     return self._go_back_to_the_level(now)
                 self.trace.append(now)
-                self.last = _copy(self.parameters)
+                self.last = copied(self.parameters)
                 self._save()
         return f"its {self.stop.steps} steps were used up"
 
@@ -163,45 +176,35 @@ class _Run:
 
     def _take_back(self) -> None:
         """Go on from the last measurement at half the rate; the steps are spent, so the next batches are others."""
-        _put(self.parameters, self.last)
+        put(self.parameters, self.last)
         self.halvings += 1
         self.optimizer = self._fresh_optimizer()
 
     def _fresh_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters.values(), lr=self.rate, weight_decay=0.0)
 
-    def _reason_to_stop(self, now: Measurement) -> str:
-        if self._over_budget(now):
-            return f"the budget of {self.stop.retain_kl:g} nats/token on held-out retain rows was used up"
-        if self.stop.forget_probability is not None and now.forget_probability <= self.stop.forget_probability:
-            return f"the forget set was down to an answer probability of {self.stop.forget_probability:.3f}"
-        return ""
-
-    def _over_budget(self, now: Measurement) -> bool:
-        return self.stop.retain_kl is not None and now.retain_kl >= self.stop.retain_kl
-
     def _go_back_to_the_level(self, now: Measurement) -> str:
         """Bisect the stretch since the last measurement for where the run had to stop first; says why it had to."""
-        start, end, begun = self.last, _copy(self.parameters), self.trace[-1].step
+        start, end, begun = self.last, copied(self.parameters), self.trace[-1].step
         low, before = 0.0, self.trace[-1]
         high, beyond = 1.0, now
         for _ in range(BISECTIONS):
             share = (low + high) / 2
             self._put_between(start, end, share)
             now = self._measure(begun + share * (self.step - begun))
-            if self._reason_to_stop(now):
+            if self.stop.reason(now):
                 high, beyond = share, now
             else:
                 low, before = share, now
         # A target must be reached, so the run ends beyond it; a budget must not be overrun, so it ends before.
-        share, last = (low, before) if self._over_budget(beyond) else (high, beyond)
+        share, last = (low, before) if self.stop.over_budget(beyond) else (high, beyond)
         self._put_between(start, end, share)
         if share > 0:
             self.trace.append(last)
-        return self._reason_to_stop(beyond)
+        return self.stop.reason(beyond)
 
     def _put_between(self, start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> None:
-        _put(self.parameters, {name: start[name].lerp(end[name], share) for name in start})
+        put(self.parameters, {name: start[name].lerp(end[name], share) for name in start})
 
     def _save(self) -> None:
         if self.checkpoints:
@@ -216,38 +219,4 @@ class _Run:
                 group["lr"] = self.rate
             self.trace = [Measurement(**point) for point in state.notes["trace"]]
             self.started -= state.notes["seconds"]
-            _put(self.parameters, state.tensors)
-
-
-class _Gauge:
-    """Measures forgetting and damage, with the start model's predictions kept from before the first step."""
-
-    def __init__(self, model: LanguageModel, request: Request) -> None:
-        self.model = model
-        self.forget = encode(request.forget, model.tokenizer, template=request.template)
-        held_out = encode(request.retain_held_out, model.tokenizer, template=request.template)
-        vocabulary, _ = model.anatomy.unembedding.get_parameter("weight").shape
-        room, kept = HELD_OUT_BYTES // (4 * vocabulary), []
-        for row in held_out:
-            room -= row.n_targets
-            if room >= 0:
-                kept.append(row)
-        self.reference = reference_logprobs(model, kept or held_out[:1])
-
-    def measure(self, step: float) -> Measurement:
-        nll = score_rows(self.model, self.forget, lambda p, n_rows: p.mean_by_row(-p.logprobs(), n_rows))
-        return Measurement(step, torch.exp(-nll).mean().item(), self.reference.kl(self.model).mean().item())
-
-
-def _trainable(model: LanguageModel) -> dict[str, Tensor]:
-    return {name: value for name, value in model.network.named_parameters() if value.requires_grad}
-
-
-def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in tensors.items()}
-
-
-def _put(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in values.items():
-            parameters[name].copy_(value)
+            put(self.parameters, state.tensors)

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.scoring import predict
-from palimpsest.unlearn.method import Method, Objective, RetainTerm, retain_loss, sampler, token_mean_nll
+from palimpsest.unlearn.descent import Descent
+from palimpsest.unlearn.losses import Objective, RetainTerm, retain_loss, sampler, token_mean_nll
 from palimpsest.unlearn.request import Request
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientAscent(Method):
+class GradientAscent(Descent):
     """Minimise -NLL(forget): uphill on the forget set and nothing else. It destroys the model unless it is stopped."""
 
     name: ClassVar[str] = "grad_ascent"
@@ -25,7 +26,7 @@ class GradientAscent(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientDifference(Method):
+class GradientDifference(Descent):
     """Minimise -forget_weight * NLL(forget) + retain_weight * retain term."""
 
     name: ClassVar[str] = "grad_diff"

@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.scoring import predict, score_rows
-from palimpsest.unlearn.method import Method, Objective, RetainTerm, retain_loss, row_sum_logprobs, sampler
+from palimpsest.unlearn.descent import Descent
+from palimpsest.unlearn.losses import Objective, RetainTerm, retain_loss, row_sum_logprobs, sampler
 from palimpsest.unlearn.request import Request
 
 
 @dataclass(frozen=True, kw_only=True)
-class NPO(Method):
+class NPO(Descent):
     """Minimise -(2/beta) * mean log sigmoid(-beta * log(p / p_start)) on forget answers, plus a retain term.
 
     p is the probability of the whole answer (log-probabilities summed over its tokens, as in the paper). Those of the

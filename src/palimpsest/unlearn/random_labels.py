@@ -12,14 +12,15 @@ from palimpsest.data.records import QA
 from palimpsest.errors import SpecError
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.scoring import predict
-from palimpsest.unlearn.method import Method, Objective, RetainTerm, retain_loss, token_mean_nll
+from palimpsest.unlearn.descent import Descent
+from palimpsest.unlearn.losses import Objective, RetainTerm, retain_loss, token_mean_nll
 from palimpsest.unlearn.request import Request
 
 Labels = Literal["fixed", "resampled"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomLabels(Method):
+class RandomLabels(Descent):
     """Minimise NLL of random answers on the forget set, plus a retain term.
 
     An answer is drawn from the row's own plausible wrong answers, or, where it has none, from the answers of the other

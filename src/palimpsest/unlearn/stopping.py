@@ -6,6 +6,18 @@ from palimpsest.errors import SpecError
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """Where unlearning stands after a step."""
+
+    step: float
+    """Fractional at the end of a run that stopped between two measurements."""
+    forget_probability: float
+    """Mean answer probability on the forget set."""
+    retain_kl: float
+    """KL(start || model) on held-out retain answers, nats/token."""
+
+
+@dataclass(frozen=True)
 class Stop:
     """The first of these to be reached ends the run; one that is reached at the start leaves the model alone.
 
@@ -28,3 +40,15 @@ class Stop:
     def __post_init__(self) -> None:
         if self.measure_every < 1:
             raise SpecError(f"stop: measure_every is {self.measure_every}; it counts steps, so at least 1")
+
+    def reason(self, now: Measurement) -> str:
+        """Why the run must end here, for people; empty while it may go on."""
+        if self.over_budget(now):
+            return f"the budget of {self.retain_kl:g} nats/token on held-out retain rows was used up"
+        if self.forget_probability is not None and now.forget_probability <= self.forget_probability:
+            return f"the forget set was down to an answer probability of {self.forget_probability:.3f}"
+        return ""
+
+    def over_budget(self, now: Measurement) -> bool:
+        """Whether more was spent on the retain set than is allowed."""
+        return self.retain_kl is not None and now.retain_kl >= self.retain_kl

@@ -1,0 +1,82 @@
+"""What the objectives of unlearning are made of: batches by step, token and answer likelihoods, the term that keeps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from palimpsest.data.batches import Batch, Encoded, batch_at, encode
+from palimpsest.data.records import QA
+from palimpsest.errors import SpecError
+from palimpsest.metrics.divergence import token_kl
+from palimpsest.models.language_model import LanguageModel
+from palimpsest.models.scoring import Predictions, predict
+from palimpsest.unlearn.request import Request
+
+if TYPE_CHECKING:
+    from palimpsest.unlearn.descent import Descent
+
+Objective = Callable[[int], Tensor]
+"""The loss to go down at a step, nats; it reads the model's present weights."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Shuffled batches of encoded rows, by step."""
+
+    encoded: list[Encoded]
+    batch_size: int
+    seed: int
+    device: torch.device
+
+    def at(self, step: int) -> Batch:
+        """The batch of a step; every epoch covers every row."""
+        return batch_at(self.encoded, step, batch_size=self.batch_size, seed=self.seed).to(self.device)
+
+
+def sampler(
+    method: "Descent", model: LanguageModel, request: Request, records: tuple[QA, ...], *, salt: int = 0
+) -> Sampler:
+    """Batches of the answers of `records`; another `salt` shuffles otherwise."""
+    encoded = encode(records, model.tokenizer, template=request.template)
+    return Sampler(encoded, min(method.batch_size, len(encoded)), method.seed + 7919 * salt, model.device)
+
+
+def token_mean_nll(predictions: Predictions) -> Tensor:
+    """Mean negative log-likelihood over all answer tokens of a batch, nats/token (Hugging Face's causal LM loss)."""
+    return -predictions.logprobs().mean()
+
+
+def row_sum_logprobs(predictions: Predictions, n_rows: int) -> Tensor:
+    """[B] log-probability of each row's whole answer, nats."""
+    return predictions.sum_by_row(predictions.logprobs(), n_rows)
+
+
+RetainTerm = Literal["nll", "kl"]
+"""`nll`: the answer's likelihood on retain rows; `kl`: KL(start model || model) at the answers' tokens."""
+
+
+def retain_loss(term: RetainTerm, method: "Descent", model: LanguageModel, request: Request) -> Objective:
+    """What keeps the retain set: nats/token over the answers of a retain batch.
+
+    The KL term holds a frozen copy of the start model in memory.
+
+    Raises:
+        SpecError: no such term.
+    """
+    if term not in get_args(RetainTerm):
+        raise SpecError(f"{method.name}: retain_term {term!r} is unknown; choose nll or kl")
+    rows = sampler(method, model, request, request.retain, salt=1)
+    if term == "nll":
+        return lambda step: token_mean_nll(predict(model.network, rows.at(step)))
+    start = model.copy().network.requires_grad_(False)
+    return lambda step: _kl(start, model.network, rows.at(step))
+
+
+def _kl(start: PreTrainedModel, network: PreTrainedModel, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        reference = predict(start, batch).logits.log_softmax(-1)
+    return token_kl(reference, predict(network, batch).logits).mean()
