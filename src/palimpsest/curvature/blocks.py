@@ -1,0 +1,80 @@
+"""The curvature of one matrix in its eigenbasis, and the solve with it.
+
+A block is Q diag(L) Q' with Q = Q_out (x) Q_in and one eigenvalue for each entry of the matrix: L = l_out l_in' for K-FAC,
+the measured second moment of the rotated gradient for EK-FAC (George et al. 2018, arXiv 1806.03884). The diagonal
+approximation is the same without the rotation. Shapes: m = out, d = in (the bias's column counted).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from palimpsest.errors import TrainingError
+
+RESIDUAL = 1e-5
+"""How far an fp32 eigendecomposition may be off, relative to the matrix; beyond that it is made in fp64."""
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """The curvature of one matrix W [m, d]."""
+
+    q_out: Tensor | None
+    """[m, m] eigenvectors as columns; None where the basis is W's own."""
+    q_in: Tensor | None
+    """[d, d]"""
+    eigenvalues: Tensor | tuple[Tensor, Tensor]
+    """[m, d], or ([m], [d]) whose outer product they are."""
+
+    @property
+    def spectrum(self) -> Tensor:
+        """[m, d] eigenvalues."""
+        return torch.outer(*self.eigenvalues) if isinstance(self.eigenvalues, tuple) else self.eigenvalues
+
+    @property
+    def trace(self) -> float:
+        """Sum of the eigenvalues."""
+        if isinstance(self.eigenvalues, tuple):
+            left, right = self.eigenvalues
+            return (left.double().sum() * right.double().sum()).item()
+        return self.eigenvalues.double().sum().item()
+
+    def rotate(self, matrix: Tensor) -> Tensor:
+        """Q_out' W Q_in."""
+        rotated = matrix if self.q_out is None else self.q_out.T @ matrix
+        return rotated if self.q_in is None else rotated @ self.q_in
+
+    def unrotate(self, matrix: Tensor) -> Tensor:
+        """Q_out W Q_in'."""
+        rotated = matrix if self.q_out is None else self.q_out @ matrix
+        return rotated if self.q_in is None else rotated @ self.q_in.T
+
+    def solve(self, matrix: Tensor, damping: float) -> Tensor:
+        """(block + damping I)^-1 applied to W [m, d]: exact damping, not one of each factor."""
+        return self.unrotate(self.rotate(matrix) / (self.spectrum + damping))
+
+    def apply(self, matrix: Tensor) -> Tensor:
+        """The block applied to W [m, d]."""
+        return self.unrotate(self.rotate(matrix) * self.spectrum)
+
+
+def eigen(factor: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [n], none below 0, and eigenvectors [n, n] as columns of a symmetric factor, ascending.
+
+    In the factor's own precision if that proves good enough, else in fp64.
+
+    Raises:
+        TrainingError: the factor is not finite.
+    """
+    if not torch.isfinite(factor).all():
+        raise TrainingError(f"curvature: a factor of {name} is not finite; the model is damaged")
+    try:
+        values, vectors = torch.linalg.eigh(factor)
+        residual = torch.linalg.matrix_norm(factor @ vectors - vectors * values)
+        good = bool(residual <= RESIDUAL * torch.linalg.matrix_norm(factor))
+    except torch.linalg.LinAlgError:
+        good = False
+    if not good:
+        values, vectors = (part.to(factor.dtype) for part in torch.linalg.eigh(factor.double()))
+    return values.clamp(min=0), vectors

@@ -1,0 +1,128 @@
+"""Kronecker factors of the retain set's Fisher matrix: what every matrix reads, and what gradient comes back.
+
+For y = W a and one label drawn from the model at every target, the block of W is approximated by S (x) A (Martens &
+Grosse 2015, arXiv 1503.05671; with a sequence dimension, K-FAC-expand of Eschenhagen et al. 2023, arXiv 2311.00636):
+
+    A = 1/C * sum of a a' over the C carrying positions        [in, in]
+    S = 1/M * sum of g g' over them; M targets                 [out, out]
+
+so that S (x) A is the Gauss-Newton matrix of the mean KL per target, in nats.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from palimpsest.curvature.modules import Matrix
+from palimpsest.curvature.taps import sampled_label_gradient, tapped, uniforms
+from palimpsest.curvature.workers import Workers
+from palimpsest.data.batches import Encoded
+from palimpsest.errors import TrainingError
+from palimpsest.models.language_model import LanguageModel
+from palimpsest.progress import Ticker
+
+TRIANGLE = 1024
+"""Width from which only the blocks on and above the diagonal of a Gram matrix are computed."""
+BLOCKS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """Both factors of every matrix, fp32 or the model's own type if that is wider."""
+
+    inputs: dict[str, Tensor]
+    """A by the first matrix that reads those inputs (`shared_inputs`)."""
+    outputs: dict[str, Tensor]
+    """S by matrix."""
+    n_carrying: int
+    """C, over all rows."""
+    n_targets: int
+    """M, over all rows."""
+
+
+def collect_factors(
+    model: LanguageModel,
+    encoded: Sequence[Encoded],
+    chosen: Sequence[Matrix],
+    owners: dict[str, str],
+    *,
+    seed: int,
+    draws: int,
+    batch_size: int,
+    workers: Workers,
+    ticker: Ticker,
+) -> Factors:
+    """One pass over the rows; `draws` labels a target, each with a backward pass of its own.
+
+    Raises:
+        TrainingError: an activation or gradient that is not finite.
+    """
+    device, dtype = model.device, torch.promote_types(model.network.dtype, torch.float32)
+    outputs = {matrix.name: torch.zeros(*2 * [matrix.shape[0]], dtype=dtype, device=device) for matrix in chosen}
+    inputs = {
+        matrix.name: torch.zeros(*2 * [matrix.shape[1]], dtype=dtype, device=device)
+        for matrix in chosen
+        if owners[matrix.name] == matrix.name
+    }
+    counts = torch.zeros(2, dtype=torch.long)
+    draw = 0
+
+    def see(matrix: Matrix, activations: Tensor, gradients: Tensor) -> None:
+        add_gram(outputs[matrix.name], gradients)
+        if draw == 0 and matrix.name in inputs:
+            add_gram(inputs[matrix.name], with_ones(activations) if matrix.has_bias else activations)
+            if matrix is first:
+                counts[0] += len(activations)
+
+    first = chosen[0]
+    with tapped(model, chosen, see) as forward:
+        for batch in workers.batches(encoded, batch_size):
+            batch = batch.to(device)
+            logits = forward(batch).logits
+            for draw in range(draws):
+                gradient = sampled_label_gradient(logits, uniforms(batch, seed, draw))
+                logits.backward(gradient, retain_graph=draw + 1 < draws)
+            counts[1] += len(logits)
+            ticker.advance(int(batch.attention.sum()))
+    workers.add([counts, *inputs.values(), *outputs.values()])
+    n_carrying, n_targets = counts.tolist()
+    return Factors(
+        {name: _symmetric(total.div_(n_carrying), name) for name, total in inputs.items()},
+        {name: _symmetric(total.div_(n_targets * draws), name) for name, total in outputs.items()},
+        n_carrying,
+        n_targets,
+    )
+
+
+def add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add x'x to `total` [d, d] for rows x [P, d], summed in `total`'s type; from `TRIANGLE` on the upper part only."""
+    width = rows.shape[1]
+    if width < TRIANGLE:
+        _addmm(total, rows, rows)
+        return
+    edges = [width * block // BLOCKS for block in range(BLOCKS + 1)]
+    for begin, end in zip(edges, edges[1:], strict=False):
+        _addmm(total[begin:end, begin:], rows[:, begin:end], rows[:, begin:])
+
+
+def with_ones(activations: Tensor) -> Tensor:
+    """[P, in + 1]: the constant that a bias reads, as a last column."""
+    return torch.cat([activations, activations.new_ones(len(activations), 1)], 1)
+
+
+def _addmm(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == total.dtype:
+        total.addmm_(left.T, right)
+    elif left.is_cuda:  # bf16 products summed in fp32: no cast of the inputs
+        total.copy_(torch.addmm(total, left.T, right, out_dtype=total.dtype))
+    else:
+        total.addmm_(left.T.to(total.dtype), right.to(total.dtype))
+
+
+def _symmetric(total: Tensor, name: str) -> Tensor:
+    if not torch.isfinite(total).all():
+        raise TrainingError(f"curvature: {name} has an activation or gradient that is not finite; the model is damaged")
+    upper = total.triu()
+    return upper + upper.triu(1).T

@@ -1,0 +1,129 @@
+"""What every linear map reads and what gradient comes back to it, in one backward pass of sampled labels.
+
+No gradient of a weight is ever computed: every parameter is frozen, and the gradient starts at the embeddings. What is
+collected is collected when the gradient arrives, once a pass, also under gradient checkpointing (where the forward hook
+runs twice).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from palimpsest.curvature.modules import Matrix
+from palimpsest.data.batches import Batch
+from palimpsest.errors import ModelError, TrainingError
+from palimpsest.models.language_model import LanguageModel
+from palimpsest.models.scoring import Predictions, predict
+
+See = Callable[[Matrix, Tensor, Tensor], None]
+"""Called with a matrix, its inputs [P, in] and its output gradients [P, out] at the P carrying positions, row by row."""
+
+CHUNK = 2**24
+"""Entries of [tokens, vocabulary] worked on at a time."""
+
+
+def carrying(batch: Batch) -> Tensor:
+    """[B, T] bool: real tokens through which a loss term's gradient can flow, prompts included.
+
+    The token at t predicts the target at t + 1; attention is causal, so everything up to a row's last predicting
+    position carries gradient and nothing after it does.
+    """
+    later = batch.targets.flip(1).cumsum(1).flip(1) - batch.targets.long()
+    return batch.attention & (later > 0)
+
+
+@contextmanager
+def tapped(model: LanguageModel, chosen: Sequence[Matrix], see: See) -> Iterator[Callable[[Batch], Predictions]]:
+    """Yield `forward(batch)`, after which each backward pass calls `see` once for every matrix.
+
+    Raises:
+        ModelError: a matrix that does not read one vector a token (the experts of a mixture).
+    """
+    network, positions = model.network, torch.empty(0, dtype=torch.bool)
+
+    def listen(matrix: Matrix) -> Callable[..., None]:
+        def on_forward(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            if not output.requires_grad:  # checkpointing's first run
+                return
+            activations, carries = inputs[0].detach(), positions.flatten()
+            if activations.numel() != carries.numel() * activations.shape[-1]:
+                raise ModelError(
+                    f"{model.name}: {matrix.name} does not read one vector a token; choose modules without it"
+                )
+
+            def on_gradient(gradient: Tensor) -> None:
+                see(matrix, _select(activations, carries), _select(gradient, carries))
+
+            output.register_hook(on_gradient)
+
+        return on_forward
+
+    def forward(batch: Batch) -> Predictions:
+        nonlocal positions
+        positions = carrying(batch)
+        return predict(network, batch)
+
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    was_training = network.training
+    handles = [matrix.module.register_forward_hook(listen(matrix)) for matrix in chosen]
+    handles.append(model.anatomy.embedding.register_forward_hook(lambda _, inputs, output: output.requires_grad_(True)))
+    network.requires_grad_(False).eval()
+    try:
+        yield forward
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        network.train(was_training)
+
+
+def uniforms(batch: Batch, seed: int, draw: int = 0) -> Tensor:
+    """[N] one number in [0, 1) for each target: it depends on seed, draw, row and place in the row alone.
+
+    So what is sampled is the same at every batch size, padding side and number of processes.
+    """
+    counts = batch.targets.sum(1).tolist()
+    streams = [
+        np.random.Generator(np.random.Philox(key=[seed, (draw << 40) + row])).random(count)
+        for row, count in zip(batch.rows, counts, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(streams))
+
+
+def sampled_label_gradient(logits: Tensor, draws: Tensor) -> Tensor:
+    """[N, V] d/dlogits of -log p(label), labels drawn from the model: p - onehot(label).
+
+    Labels are drawn from the model, never taken from the rows: the second moment of this gradient is then the Fisher
+    matrix, which is the Gauss-Newton matrix of the KL (Martens 2020, section 9.2).
+
+    Args:
+        logits: [N, V].
+        draws: [N] uniform in [0, 1).
+
+    Raises:
+        TrainingError: a logit that is not finite.
+    """
+    gradient = torch.empty_like(logits)
+    step = max(1, CHUNK // logits.shape[1])
+    for first in range(0, len(logits), step):
+        part = slice(first, first + step)
+        probabilities = logits.detach()[part].softmax(-1)
+        cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+        point = draws[part, None].to(cumulative.device) * cumulative[:, -1:]
+        label = torch.searchsorted(cumulative, point, right=True).clamp(max=logits.shape[1] - 1)
+        gradient[part] = probabilities.scatter_add(1, label, -torch.ones_like(probabilities[:, :1]))
+    if not torch.isfinite(gradient).all():
+        raise TrainingError(
+            "curvature: the model's predictions on the retain set are not finite; its weights are damaged"
+        )
+    return gradient
+
+
+def _select(values: Tensor, carries: Tensor) -> Tensor:
+    flat = values.reshape(-1, values.shape[-1])
+    return flat if bool(carries.all()) else flat[carries]
