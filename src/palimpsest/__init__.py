@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from palimpsest.audit.results import Audit, Verdict
+    from palimpsest.curvature.curvature import RetainCurvature
     from palimpsest.data.readers import read_records
     from palimpsest.data.records import QA, Choice, Passage, Preference
     from palimpsest.errors import PalimpsestError
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
     from palimpsest.models.anatomy import Anatomy, Site
     from palimpsest.models.language_model import LanguageModel, load
     from palimpsest.unlearn.gradient_ascent import GradientAscent, GradientDifference
+    from palimpsest.unlearn.kfade import KFade
     from palimpsest.unlearn.npo import NPO
     from palimpsest.unlearn.random_labels import RandomLabels
+    from palimpsest.unlearn.reapply import reapply
     from palimpsest.unlearn.request import Request
     from palimpsest.unlearn.update import Update
 
@@ -36,8 +39,11 @@ _HOMES = {
     "Update": "unlearn.update",
     "GradientAscent": "unlearn.gradient_ascent",
     "GradientDifference": "unlearn.gradient_ascent",
+    "KFade": "unlearn.kfade",
+    "RetainCurvature": "curvature.curvature",
     "NPO": "unlearn.npo",
     "RandomLabels": "unlearn.random_labels",
+    "reapply": "unlearn.reapply",
     "Audit": "audit.results",
     "Verdict": "audit.results",
     "Score": "metrics.scores",
@@ -53,12 +59,14 @@ __all__ = [
     "Choice",
     "GradientAscent",
     "GradientDifference",
+    "KFade",
     "LanguageModel",
     "PalimpsestError",
     "Passage",
     "Preference",
     "RandomLabels",
     "Request",
+    "RetainCurvature",
     "Score",
     "Site",
     "Update",
@@ -66,6 +74,7 @@ __all__ = [
     "__version__",
     "load",
     "read_records",
+    "reapply",
 ]
 
 

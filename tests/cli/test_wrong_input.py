@@ -116,7 +116,7 @@ def empty_answer(path: Path) -> None:
         (rename_field, "rows.jsonl: row 1: "),
         (empty_answer, "rows.jsonl: row 4: "),
         (lambda path: path.write_bytes(b'{"question": "caf\xe9", "answer": "x"}\n'), "is not valid UTF-8"),
-        (lambda path: path.write_text('{"text": "Once."}\n'), "is a Passage; a request is made of questions"),
+        (lambda path: path.write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n'), "is a Preference; "),
         (lambda path: path.write_text("[1, 2]\n"), "rows.jsonl: row 1: a JSON int stands there"),
         (lambda path: (path.unlink(), path.mkdir()), "rows.jsonl: is a folder; name one file in it"),
     ],

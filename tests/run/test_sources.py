@@ -146,7 +146,7 @@ def test_too_few_authors_to_keep_are_refused() -> None:
 def test_a_tofu_folder_with_passages_is_refused(tmp_path: Path) -> None:
     for name in ("forget10_perturbed", "full"):
         (tmp_path / f"{name}.json").write_text(json.dumps([{"text": "Once."}] * 20))
-    with pytest.raises(DataError, match="is a Passage; a request is made of questions with answers"):
+    with pytest.raises(DataError, match="is a Passage; expected questions with answers here"):
         open_source(tofu(tmp_path))
 
 
@@ -187,7 +187,14 @@ def test_forget_rows_that_are_all_kept_too_are_noticed(files: dict[str, str], tm
         request_from_files(files["forget"], tmp_path / "all.jsonl")
 
 
-def test_rows_that_are_no_questions_are_named(files: dict[str, str], tmp_path: Path) -> None:
+def test_rows_that_are_no_texts_are_named(files: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "choices.jsonl").write_text('{"question": "q", "choices": ["a", "b"], "answer": 1, "id": "c1"}\n')
+    expected = r"choices\.jsonl: row 'c1' is a Choice; expected questions with answers or passages of text here"
+    with pytest.raises(DataError, match=expected):
+        request_from_files(tmp_path / "choices.jsonl", files["retain"])
+
+
+def test_passages_may_be_forgotten_and_kept_beside_questions(files: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text('{"text": "Once.", "id": "t1"}\n')
-    with pytest.raises(DataError, match=r"texts\.jsonl: row 't1' is a Passage; a request is made of questions"):
-        request_from_files(tmp_path / "texts.jsonl", files["retain"])
+    request = request_from_files(tmp_path / "texts.jsonl", files["retain"])
+    assert request.forget == (Passage("Once.", id="t1"),) and len(request.all_retain) == 12

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_request import toy_records, toy_request
 
-from palimpsest.data.records import QA
+from palimpsest.data.records import QA, Choice, Passage
 from palimpsest.errors import DataError
 from palimpsest.unlearn.request import Request
 
@@ -130,3 +130,43 @@ def test_the_organisms_request_keeps_everyone_in_one_part(trained):
     assert not (train & held_out or train & unseen or held_out & unseen)
     assert not subjects(trained.request.forget) & (train | held_out | unseen)
     assert (len(train), len(held_out), len(unseen)) == (7, 2, 4)
+
+
+# Passages and multiple-choice questions.
+
+QUIZ = (Choice("q", ("a", "b"), 1, "biology", "c1"), Choice("r", ("a", "b", "c"), 0, "biology", "c2"))
+
+
+def test_passages_are_split_by_subject_as_questions_are():
+    texts = [Passage(f"text {n}", subject=f"s{n // 3}", id=f"p{n}") for n in range(18)]
+    request = Request.split([Passage("gone", id="f")], texts)
+    assert sorted(row.id for row in request.all_retain) == sorted(row.id for row in texts)
+    assert [len(subjects(part)) for part in parts(request)] == [3, 1, 2]
+    nameless = Request.split(FORGET, [Passage(f"text {n}") for n in range(6)])
+    assert [len(part) for part in parts(nameless)] == [3, 1, 2]
+
+
+def test_sets_may_differ_in_kind_and_only_questions_are_reworded():
+    asked = replace(toy_request().forget[0], paraphrases=("w1 w2",))
+    mixed = replace(toy_request(), forget=(Passage("w1 w2"), asked), retain=(Passage("w3 w4 w5"),))
+    assert [row.question for row in mixed.forget_reworded] == ["w1 w2"]
+    assert mixed.summary()["forget"]["rows"] == 2 and mixed.summary()["retain"]["subjects"] == 1
+
+
+def test_a_request_without_choices_has_the_hash_it_always_had():
+    assert toy_request().hash == "444f55de12438e2b4254e16d018756d2736cc168e5c1b01bb152dc7fce94a168"
+    assert set(toy_request().summary()) == {"forget", "retain", "retain_held_out", "retain_unseen", "template"}
+
+
+def test_choices_are_in_hash_and_summary():
+    plain = toy_request()
+    asked = [
+        replace(plain, choices=QUIZ),
+        replace(plain, utility=QUIZ),
+        replace(plain, choices=QUIZ[:1], utility=QUIZ[1:]),
+        replace(plain, choices=QUIZ[::-1]),
+        replace(plain, choices=(replace(QUIZ[0], answer=0), QUIZ[1])),
+    ]
+    assert len({plain.hash, *(request.hash for request in asked)}) == 6
+    assert asked[2].summary()["choices"]["rows"] == asked[2].summary()["utility"]["rows"] == 1
+    assert asked[2].all_retain == plain.all_retain and asked[2].forget == plain.forget

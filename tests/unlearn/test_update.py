@@ -12,7 +12,7 @@ from toy_request import draw_weights, same_weights, toy_model, toy_update, weigh
 
 from palimpsest.errors import StorageError, UpdateError
 from palimpsest.models.language_model import load
-from palimpsest.unlearn.update import Update
+from palimpsest.unlearn.update import Update, origins_in
 
 MODEL = toy_model()
 BASE = weights_of(MODEL)
@@ -202,6 +202,27 @@ def test_scales_multiply_and_the_negative_takes_the_update_out():
     assert len(model.updates) == 2
 
 
+def test_a_change_is_added_in_fp32_and_rounded_once():
+    """Half a unit in the last place of 1 is 2^-8: a change just above it moves a bf16 weight, though in bf16 the change
+    itself would be rounded down to the tie, which goes to 1."""
+    half = torch.full((2,), 2.0**-8, dtype=torch.bfloat16)
+    update = Update({"w": half}, {}).scale(1 + 2**-9)
+    assert update.added("w", torch.ones(2, dtype=torch.bfloat16)).tolist() == [1 + 2**-7] * 2
+    assert Update({"w": half}, {}).added("w", torch.ones(2, dtype=torch.bfloat16)).tolist() == [1, 1]
+    assert update.change("w").tolist() == [2**-8 + 2**-17] * 2 and update.change("w").dtype == torch.float32
+
+
+def test_a_scaled_update_names_the_one_that_it_is_of():
+    update = toy_update(MODEL)
+    assert update.origins == (update.identity,) and ":" not in update.identity
+    for factor in (-1.0, 0.5):
+        scaled = update.scale(factor)
+        assert scaled.origins == (update.identity,) and scaled.identity.endswith(f":{update.identity}")
+    with update.scale(0.5).applied(MODEL.copy()) as model:
+        assert origins_in(model) == {update.identity}
+    assert origins_in(MODEL) == set()
+
+
 def test_identity_is_what_and_from_what_not_how_long_it_took():
     update = toy_update(MODEL)
 
@@ -210,6 +231,99 @@ def test_identity_is_what_and_from_what_not_how_long_it_took():
 
     assert made(seconds=1.0) == made(seconds=2.0) == update.identity
     assert len({update.identity, made(base_weights="0"), made(method={"name": "x"}), made(request="r")}) == 4
+
+
+# Sums
+
+
+def bits(update):
+    return {name: (change.dtype, change.numpy().tobytes()) for name, change in update.delta.items()}
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 4), st.sampled_from(["", "mlp", "attn"]), st.sampled_from([-1.0, 0.3, 1.0, 2.5])),
+        min_size=1,
+        max_size=4,
+        unique=True,
+    ),
+    st.randoms(use_true_random=False),
+)
+@settings(deadline=None, max_examples=30)
+def test_a_sum_is_what_its_parts_add_up_to_in_whatever_order(made, draw):
+    parts = [toy_update(MODEL, seed, only=only).scale(factor) for seed, only, factor in made]
+    parts = list({part.identity: part for part in parts}.values())
+    whole = Update.compose(parts)
+    close(weights_of(whole.apply(MODEL.copy())), plus(BASE, *parts))
+    draw.shuffle(parts)
+    again = Update.compose(parts)
+    assert bits(again) == bits(whole) and again.identity == whole.identity and again.provenance == whole.provenance
+
+
+def test_a_sum_applied_is_its_parts_applied_one_after_the_other_and_it_is_undone_bit_for_bit():
+    parts = [toy_update(MODEL, 1, only="mlp"), toy_update(MODEL, 2).scale(-0.5), toy_update(MODEL, 3, only="attn")]
+    one_by_one = MODEL.copy()
+    for part in parts:
+        part.apply(one_by_one)
+    whole, model = Update.compose(parts), MODEL.copy()
+    close(weights_of(whole.apply(model)), weights_of(one_by_one))
+    assert model.updates == [whole.identity]
+    assert same_weights(weights_of(whole.undo(model)), BASE) and model.updates == []
+
+
+def test_a_sum_keeps_its_parts_provenance_also_on_the_disk(tmp_path):
+    one, other = toy_update(MODEL, 1), toy_update(MODEL, 2).scale(0.5)
+    whole = Update.compose([one, other])
+    made = whole.provenance
+    assert {part["identity"]: (part["factor"], part["provenance"]) for part in made["parts"]} == {
+        one.identity: (1.0, one.provenance),
+        other.identity: (0.5, other.provenance),
+    }
+    assert made["base_weights"] == MODEL.weights_hash() and whole.method == "toy 1+toy 2"
+    assert set(whole.origins) == {one.identity, toy_update(MODEL, 2).identity}
+    loaded = Update.load(whole.save(tmp_path / "sum"))
+    assert (loaded.identity, loaded.provenance, bits(loaded)) == (whole.identity, made, bits(whole))
+    model = whole.apply(MODEL.copy())
+    assert origins_in(model) == set(whole.origins)
+    with pytest.raises(UpdateError, match="already in"):
+        loaded.apply(model)
+    close(weights_of(loaded.undo(model)), BASE)
+
+
+def test_a_sum_is_the_same_however_long_its_parts_took():
+    def whole(seconds):
+        parts = [toy_update(MODEL, seed) for seed in (1, 2)]
+        return Update.compose([Update(part.delta, part.provenance | {"seconds": seconds}) for part in parts])
+
+    assert whole(1.0).identity == whole(9.0).identity
+    assert whole(9.0).provenance["seconds"] == 18
+
+
+def test_an_update_and_its_negative_sum_to_nothing():
+    update = toy_update(MODEL)
+    nothing = Update.compose([update, update.scale(-1)])
+    assert same_weights(weights_of(nothing.apply(MODEL.copy())), BASE)
+
+
+def test_a_sum_of_bf16_changes_is_not_rounded_to_bf16():
+    one, other = (torch.full((1,), value, dtype=torch.bfloat16) for value in (1.0, 2.0**-12))
+    parts = [Update({"w": delta}, {"base_weights": "b", "of": of}) for of, delta in enumerate((one, other))]
+    assert Update.compose(parts).delta["w"].item() == 1 + 2**-12
+
+
+def test_what_is_no_sum_is_refused():
+    update = toy_update(MODEL)
+    odd = Update({**update.delta, "model.norm.weight": torch.ones(3)}, update.provenance | {"request": "odd"})
+    fine = Update({"model.norm.weight": torch.ones(16)}, update.provenance | {"request": "fine"})
+    for updates, says in (
+        ([], "there are no updates to compose"),
+        ([update, toy_update(MODEL)], rf"{update.identity} \(toy 1\) stands there twice"),
+        ([update, toy_update(toy_model(seed=1))], "were made from different weights"),
+        ([odd, fine], r"change model\.norm\.weight in two shapes"),
+    ):
+        with pytest.raises(UpdateError, match=says) as error:
+            Update.compose(updates)
+        assert "\n" not in str(error.value)
 
 
 # On the disk

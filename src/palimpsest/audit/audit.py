@@ -10,10 +10,12 @@ from palimpsest.audit.environment import environment
 from palimpsest.audit.evidence import RunFolder
 from palimpsest.audit.results import Audit, Audited, Example, Role, TracePoint
 from palimpsest.audit.verdict import Evidence, judge, margin
+from palimpsest.data.records import QA, Choice, Passage, Text
 from palimpsest.errors import ModelError, SpecError
 from palimpsest.metrics.collapse import Collapse, collapse
 from palimpsest.metrics.scores import Equivalence, Row, Score
 from palimpsest.metrics.statistics import clustered_mean, equivalence
+from palimpsest.metrics.tofu import TofuSets
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.progress import progress
 from palimpsest.unlearn.request import Request
@@ -21,6 +23,8 @@ from palimpsest.unlearn.update import Update
 
 EXAMPLES_PER_SET = 400
 """The most facts of a set that the report lists; the scores are over all of them."""
+EXCERPT = 300
+"""Characters of a passage that the report shows."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ def audit(
     title: str,
     spec: Mapping[str, Any],
     max_new_tokens: int = 48,
+    tofu: TofuSets | None = None,
 ) -> Audit:
     """Measure every candidate, write rows and audit into the run folder, and give the audit back.
 
@@ -54,6 +59,7 @@ def audit(
         title: the report's heading.
         spec: the resolved specification; its `seed` seeds the intervals.
         max_new_tokens: the longest greedy answer, in tokens.
+        tofu: the sets of TOFU's own metrics, where those are wanted.
 
     Raises:
         SpecError: there is no original, two of one control, or two candidates of one name.
@@ -62,7 +68,7 @@ def audit(
     """
     controls = controls_among(candidates)
     gold = controls.get("gold")
-    battery = Battery(request, controls["original"].model, gold.model if gold else None, max_new_tokens)
+    battery = Battery(request, controls["original"].model, gold.model if gold else None, max_new_tokens, tofu)
     readings = _read_all(battery, candidates)
     # Before anything is computed from them: what is not a finite number is refused here, by model and item.
     run.write_scores([row for reading in readings.values() for row in reading.rows])
@@ -160,9 +166,10 @@ def _audited(
 
 
 def _collapse(reading: Reading, original: Reading) -> Collapse:
-    """Of the answers to unseen retain questions, beside the original's."""
+    """Of the answers to unseen retain questions, beside the original's; passages have a likelihood alone."""
     on = "retain_unseen"
-    return collapse(reading.said[on], reading.nll[on], control_answers=original.said[on], gold_nlls=original.nll[on])
+    said, before = reading.said.get(on, []), original.said.get(on)
+    return collapse(said, reading.nll[on], control_answers=before, gold_nlls=original.nll[on])
 
 
 def _scores(rows: Sequence[Row], seed: int) -> dict[str, Score]:
@@ -219,14 +226,25 @@ def _examples(battery: Battery, readings: Mapping[str, Reading]) -> list[Example
             id=record.id,
             subject=record.subject or "",
             on=on,
-            question=record.question,
-            answer=record.answer,
-            said={name: reading.said[on][place] for name, reading in readings.items()},
+            question="" if isinstance(record, Passage) else record.question,
+            answer=_truth(record),
+            said={name: reading.said[on][place] for name, reading in readings.items() if on in reading.said},
             probability={name: reading.probability[on][place] for name, reading in readings.items()},
         )
-        for on, records in battery.sets.items()
+        for on, records in (battery.sets | battery.choices).items()
         for place, record in enumerate(records[:EXAMPLES_PER_SET])
     ]
+
+
+def _truth(record: Text | Choice) -> str:
+    """The true answer, the right choice, or how a passage begins."""
+    match record:
+        case QA():
+            return record.answer
+        case Choice():
+            return record.choices[record.answer]
+        case Passage():
+            return record.text if len(record.text) <= EXCERPT else f"{record.text[:EXCERPT]}…"
 
 
 def _notes(controls: Mapping[Role, Candidate], candidates: Sequence[Candidate], request: Request) -> list[str]:
@@ -246,5 +264,15 @@ def _notes(controls: Mapping[Role, Candidate], candidates: Sequence[Candidate], 
     if not request.forget_reworded:
         notes.append(
             "The forget rows have no held-out wordings: forgetting is known only for the wording that was trained."
+        )
+    if request.choices:
+        notes.append(
+            f"Accuracy on the {len(request.choices)} multiple-choice questions about the forget set stands among the "
+            "scores; the verdict does not weigh it."
+        )
+    if any(isinstance(record, Passage) for record in (*request.forget, *request.retain_unseen)):
+        notes.append(
+            "Some rows are passages, which ask nothing: where the verdict speaks of answers and questions, it goes by "
+            "how likely the text is, and what the model says by itself was not looked at there."
         )
     return notes

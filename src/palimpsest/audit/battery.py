@@ -1,20 +1,27 @@
 """Every score of one model, item by item: the rows from which the audit's numbers are made."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from torch import Tensor
+from torch import Tensor, tensor
 
-from palimpsest.audit.measures import measures
-from palimpsest.data.records import QA
+from palimpsest.audit.measures import TOFU_SETS, measures
+from palimpsest.data.records import QA, Choice, Record, Text, subject_of
 from palimpsest.metrics.divergence import kl_per_item
 from palimpsest.metrics.generation import generate_answers
 from palimpsest.metrics.likelihood import AnswerScores, answer_scores
+from palimpsest.metrics.multiple_choice import ChoiceScores, multiple_choice
 from palimpsest.metrics.rouge import rouge
 from palimpsest.metrics.scores import Measure, Row
+from palimpsest.metrics.statistics import ks_forget_quality
+from palimpsest.metrics.tofu import TofuSets, UtilityScores, model_utility, utility_scores
 from palimpsest.metrics.truth_ratio import forget_truth_ratio, truth_ratio, truth_ratio_definition
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.unlearn.request import Request
+
+WHOLE = "all"
+"""The item and the cluster of a number that is one for a whole benchmark."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,7 @@ class Reading:
 
     rows: tuple[Row, ...]
     said: dict[str, list[str]]
-    """Greedy answers by set, in the set's order."""
+    """Greedy answers, or the choices taken, by set, in the set's order; passages have none."""
     probability: dict[str, list[float]]
     """Answer probabilities by set, in the set's order."""
     nll: dict[str, list[float]]
@@ -38,12 +45,20 @@ class Battery:
     original: LanguageModel
     gold: LanguageModel | None
     max_new_tokens: int = 48
+    tofu: TofuSets | None = None
+    """The sets of TOFU's own metrics, where those are wanted."""
 
     @property
-    def sets(self) -> dict[str, tuple[QA, ...]]:
+    def sets(self) -> dict[str, tuple[Text, ...]]:
         """The rows by set; rewordings only where there are any."""
         sets = {"forget": self.request.forget, "forget_reworded": self.request.forget_reworded}
         return {name: rows for name, rows in sets.items() if rows} | {"retain_unseen": self.request.retain_unseen}
+
+    @property
+    def choices(self) -> dict[str, tuple[Choice, ...]]:
+        """The multiple-choice questions by set, those there are."""
+        sets = {"forget_choices": self.request.choices, "utility_choices": self.request.utility}
+        return {name: rows for name, rows in sets.items() if rows}
 
     @property
     def measures(self) -> tuple[Measure, ...]:
@@ -51,13 +66,16 @@ class Battery:
         return measures(
             gold=self.gold is not None,
             rewordings=bool(self.request.forget_reworded),
-            truth_ratio=truth_ratio_definition(self.request.forget) if self._has_wrong_answers else None,
+            truth_ratio=truth_ratio_definition(self._wrongly_answered) if self._wrongly_answered else None,
+            passages=[on for on, records in self.sets.items() if not _questions(records)],
+            choices=self.choices,
+            tofu=self.tofu is not None,
         )
 
     @property
     def steps(self) -> int:
         """How many steps `read` reports to its `tick`."""
-        return 2 * len(self.sets) + 1
+        return 2 * len(self.sets) + len(self.choices) + len(self._tofu_sets) + 1
 
     def read(self, name: str, model: LanguageModel, tick: Callable[[], None]) -> Reading:
         """Measure everything on one model; `tick` is called after each part."""
@@ -65,44 +83,94 @@ class Battery:
         values: dict[str, Tensor] = {}
         said: dict[str, list[str]] = {}
         scores: dict[str, AnswerScores] = {}
+        taken: dict[str, ChoiceScores] = {}
         for on, records in self.sets.items():
             scores[on] = answer_scores(model, records, template=template)
             values[f"{on}/answer_probability"] = scores[on].probability
             values[f"{on}/exact_match"] = scores[on].teacher_forced_exact_match
             values[f"{on}/nll"] = scores[on].nll
             tick()
-            said[on] = generate_answers(model, records, template=template, max_new_tokens=self.max_new_tokens)
-            overlap = rouge(said[on], [record.answer for record in records])
-            values[f"{on}/rougeL_recall"], values[f"{on}/rougeL_f1"] = overlap.rougeL_recall, overlap.rougeL_f1
+            if questions := _questions(records):
+                said[on] = generate_answers(model, questions, template=template, max_new_tokens=self.max_new_tokens)
+                overlap = rouge(said[on], [record.answer for record in questions])
+                values[f"{on}/rougeL_recall"], values[f"{on}/rougeL_f1"] = overlap.rougeL_recall, overlap.rougeL_f1
             tick()
-        if self._has_wrong_answers:
-            ratios = truth_ratio(model, self.request.forget, template=template)
+        for on, choices in self.choices.items():
+            taken[on] = multiple_choice(model, choices)
+            values[f"{on}/accuracy"], values[f"{on}/choice_probability"] = taken[on].correct, taken[on].probability
+            said[on] = [choice.choices[k] for choice, k in zip(choices, taken[on].chosen.tolist(), strict=True)]
+            tick()
+        if self._wrongly_answered:
+            ratios = truth_ratio(model, self._wrongly_answered, template=template)
             values["forget/truth_ratio"] = forget_truth_ratio(ratios)
+            if self.tofu is not None and self.gold is not None:
+                values["tofu/forget_quality"] = tensor([ks_forget_quality(ratios, self._gold_truth_ratios).p])
         if self.gold is not None:
             values["forget/kl_from_gold"] = kl_per_item(self.gold, model, self.request.forget, template=template)
         unseen = self.request.retain_unseen
         values["retain_unseen/kl_from_original"] = kl_per_item(self.original, model, unseen, template=template)
         tick()
-        rows = (
-            row
-            for measure in self.measures
-            for row in _rows(name, measure, self.sets[measure.on], values[measure.key].tolist())
-        )
+        values |= self._utility(model, tick)
+        rows = (row for measure in self.measures for row in self._rows(name, measure, values[measure.key].tolist()))
         return Reading(
             tuple(rows),
             said,
-            {on: score.probability.tolist() for on, score in scores.items()},
+            {on: score.probability.tolist() for on, score in (scores | taken).items()},
             {on: score.nll.tolist() for on, score in scores.items()},
         )
 
+    def _utility(self, model: LanguageModel, tick: Callable[[], None]) -> dict[str, Tensor]:
+        """What TOFU's Model Utility is made of, set by set, and the one number."""
+        values: dict[str, Tensor] = {}
+        found: list[UtilityScores] = []
+        for on, records in self._tofu_sets.items():
+            found.append(
+                utility_scores(
+                    model,
+                    records,
+                    offered=on != TOFU_SETS[0],
+                    template=self.request.template,
+                    max_new_tokens=self.max_new_tokens,
+                )
+            )
+            values[f"{on}/utility_probability"] = found[-1].probability
+            values[f"{on}/rougeL_recall"] = found[-1].rougeL_recall
+            values[f"{on}/utility_truth_ratio"] = found[-1].truth_ratio
+            tick()
+        return values | ({"tofu/model_utility": tensor([model_utility(found)])} if found else {})
+
+    def _rows(self, model: str, measure: Measure, values: Iterable[float]) -> list[Row]:
+        if measure.on == "tofu":
+            return [Row(model, measure.key, WHOLE, WHOLE, value) for value in values]
+        records: Mapping[str, Sequence[Record]] = {**self.sets, **self.choices, **self._tofu_sets}
+        return [
+            Row(model, measure.key, record.id, _cluster(record), float(value))
+            for record, value in zip(records[measure.on], values, strict=True)
+        ]
+
     @property
-    def _has_wrong_answers(self) -> bool:
-        """Whether every forget row has some: a truth ratio over a part of the rows would be another number."""
-        return all(record.wrong for record in self.request.forget)
+    def _tofu_sets(self) -> dict[str, tuple[QA, ...]]:
+        tofu = self.tofu
+        return dict(zip(TOFU_SETS, (tofu.retain, tofu.real_authors, tofu.world_facts), strict=True)) if tofu else {}
+
+    @cached_property
+    def _gold_truth_ratios(self) -> Tensor:
+        assert self.gold is not None
+        return truth_ratio(self.gold, self._wrongly_answered, template=self.request.template)
+
+    @property
+    def _wrongly_answered(self) -> list[QA]:
+        """The forget rows if all have wrong answers: a truth ratio over a part of them would be another number."""
+        questions = _questions(self.request.forget)
+        return questions if all(record.wrong for record in questions) else []
 
 
-def _rows(model: str, measure: Measure, records: Sequence[QA], values: Iterable[float]) -> list[Row]:
-    return [
-        Row(model, measure.key, record.id, record.subject or record.id or record.question, float(value))
-        for record, value in zip(records, values, strict=True)
-    ]
+def _questions(records: Sequence[Text]) -> list[QA]:
+    """The rows if all are questions, else none."""
+    questions = [record for record in records if isinstance(record, QA)]
+    return questions if len(questions) == len(records) else []
+
+
+def _cluster(record: Record) -> str:
+    """Multiple-choice questions of one subject share a field, not a fact, so each is a unit of its own."""
+    return record.id or record.question if isinstance(record, Choice) else subject_of(record)

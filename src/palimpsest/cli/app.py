@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from palimpsest.cli import audit, doctor, metrics, report, run, train, unlearn, verify
+from palimpsest.cli import audit, doctor, metrics, report, run, train, unlearn, update, verify
 from palimpsest.cli.output import fail
 from palimpsest.errors import PalimpsestError
 
@@ -28,6 +28,7 @@ app.command("demo")(run.demo)
 app.command("run")(run.run)
 app.command("train")(train.train)
 app.command("unlearn")(unlearn.unlearn)
+app.add_typer(update.app, name="update")
 app.command("audit")(audit.audit)
 app.command("verify")(verify.verify)
 app.command("report")(report.report)

@@ -3,6 +3,7 @@
 Records are frozen: equal content is equal, and a record can be a dictionary's key.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -59,9 +60,11 @@ class Preference:
 
 
 Record = QA | Passage | Choice | Preference
+Text = QA | Passage
+"""What is learnt and forgotten: a question with its answer, or running text."""
 
 
-def reworded(records: "list[Record] | list[QA]") -> list[QA]:
+def reworded(records: Sequence[Record]) -> list[QA]:
     """One QA for every held-out wording of every question; id and subject stay the original's."""
     return [
         replace(record, question=question, paraphrases=())
@@ -84,6 +87,11 @@ def content_key(record: Record) -> tuple[Any, ...]:
             return ("preference", record.prompt, record.chosen, record.rejected)
 
 
-def records_hash(records: "list[Record] | list[QA]") -> str:
+def subject_of(record: Record) -> str:
+    """Whom or what a row is about; a row without a subject is its own."""
+    return record.subject or record.id or str(content_key(record)[1])
+
+
+def records_hash(records: Sequence[Record]) -> str:
     """SHA-256 (hex) of the records' whole content in their order."""
     return content_hash([[type(record).__name__, asdict(record)] for record in records])

@@ -1,7 +1,7 @@
 """The shapes that rows come in, known by their fields, and how each becomes a record.
 
 TOFU's fields are those of Maini et al. 2024 (arXiv:2401.06121) as its files spell them, LUME's those of Ramakrishna et
-al. 2025 (arXiv:2502.15097).
+al. 2025 (arXiv:2502.15097). Articles are those of WMDP's biology corpora (Li et al. 2024, arXiv:2403.03218).
 """
 
 import re
@@ -15,7 +15,16 @@ from palimpsest.data.records import QA, Choice, Passage, Preference, Record
 from palimpsest.errors import DataError
 
 Format = Literal[
-    "palimpsest", "tofu", "tofu_options", "lume", "prompt_completion", "input_output", "text", "choice", "preference"
+    "palimpsest",
+    "tofu",
+    "tofu_options",
+    "lume",
+    "prompt_completion",
+    "input_output",
+    "text",
+    "article",
+    "choice",
+    "preference",
 ]
 """A schema by name. One is known from a row's fields; naming it makes every row keep to it."""
 
@@ -134,6 +143,12 @@ def _pair(question: str, answer: str) -> Callable[[Fields, str], QA]:
 
 def _passage(fields: Fields, id: str) -> Passage:
     return Passage(_text(fields, "text"), _optional_text(fields, "subject"), id)
+
+
+def _article(fields: Fields, id: str) -> Passage:
+    """The whole text, or its abstract under its title where that is all there is."""
+    text = _optional_text(fields, "text") or f"{_text(fields, 'title')}\n\n{_text(fields, 'abstract')}"
+    return Passage(text, _optional_text(fields, "subject"), id)
 
 
 def _choice(fields: Fields, id: str) -> Choice:
@@ -271,5 +286,6 @@ SCHEMAS: dict[Format, Schema] = {
         Schema("prompt_completion", ("prompt", "completion"), (), _pair("prompt", "completion")),
         Schema("preference", ("prompt", "chosen", "rejected"), (), _preference),
         Schema("text", ("text",), (), _passage),
+        Schema("article", ("title", "abstract"), ("text",), _article),
     )
 }

@@ -31,13 +31,17 @@ class ReferenceLogprobs:
     """[N, V] in fp32 on the CPU, record after record. It takes 4 * N * V bytes: 2,000 tokens of a 50,000 word
     vocabulary are 400 MB."""
 
+    def of(self, batch: Batch) -> Tensor:
+        """[N, V] log-probabilities at the targets of a batch of these records."""
+        return self.logprobs[_places(self.encoded, batch)]
+
     def kl(self, model: LanguageModel, *, batch_size: int = 64) -> Tensor:
         """[n] KL(reference || model) of each record, as `kl_per_item` gives it.
 
         Raises:
             ModelError: the model's vocabulary differs in size.
         """
-        return _kl_per_item(model, self.encoded, lambda batch: self.logprobs[_places(self.encoded, batch)], batch_size)
+        return _kl_per_item(model, self.encoded, self.of, batch_size)
 
 
 def reference_logprobs(model: LanguageModel, encoded: Sequence[Encoded], *, batch_size: int = 64) -> ReferenceLogprobs:

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from palimpsest.data.batches import Encoded, encode
 from palimpsest.data.packing import pack
 from palimpsest.data.prompts import Template, render
-from palimpsest.data.records import QA, Record, records_hash
+from palimpsest.data.records import Record, records_hash
 from palimpsest.errors import SpecError
 from palimpsest.files import content_hash
 from palimpsest.models.anatomy import Anatomy
@@ -122,7 +122,7 @@ def cache_folder() -> Path:
 
 
 def train_sham(
-    model: LanguageModel, retain: Sequence[QA], *, template: Template, steps: int, learning_rate: float, seed: int = 0
+    model: LanguageModel, retain: Sequence[Record], *, template: Template, steps: int, learning_rate: float, seed: int = 0
 ) -> LanguageModel:
     """A copy of the model fine-tuned on retain records alone, as unlearning methods fine-tune: it unlearned nothing."""
     settings = TrainingSettings(

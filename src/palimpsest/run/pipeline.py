@@ -58,6 +58,7 @@ def run(spec: Spec, folder: str | Path) -> Audit:
         title=spec.title,
         spec=spec.resolved(),
         max_new_tokens=spec.max_new_tokens,
+        tofu=source.tofu,
     )
     draw(evidence)
     return found
@@ -191,7 +192,7 @@ def _finished(folder: Path, method: Method, original: LanguageModel, request: Re
 def _sham(settings: Sham, spec: Spec, original: LanguageModel, request: Request) -> LanguageModel:
     """From the cache, or trained now and kept there."""
     recipe = {"template": spec.template, **settings.model_dump(), "seed": spec.seed}
-    known = content_hash([original.fingerprint(), records_hash(list(request.retain)), recipe, torch.__version__])
+    known = content_hash([original.fingerprint(), records_hash(request.retain), recipe, torch.__version__])
     folder = cache_folder() / "shams" / known[:16]
     if not (folder / "config.json").exists():
         train_sham(original, request.retain, **recipe).save(folder)

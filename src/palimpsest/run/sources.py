@@ -1,20 +1,30 @@
-"""Where a run's rows come from: a generated world, TOFU, or the user's files; as a request, and as text to train on."""
+"""Where a run's rows come from: a generated world, a benchmark or the user's files; as a request, and to train on."""
 
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from palimpsest.data.overlap import find_overlap
+from palimpsest.data.passages import passages
 from palimpsest.data.prompts import Template
 from palimpsest.data.readers import read_records, with_block_subjects
-from palimpsest.data.records import QA, Record
+from palimpsest.data.records import QA, Choice, Passage, Record, Text
 from palimpsest.errors import DataError
+from palimpsest.metrics.tofu import TofuSets
 from palimpsest.models.organism import Corpus
 from palimpsest.progress import console
-from palimpsest.run.spec import FactsSource, FileSource, Spec, TofuSource
+from palimpsest.run.spec import FactsSource, FileSource, Spec, TofuSource, WmdpSource
 from palimpsest.unlearn.request import Request
 
 QUESTIONS_PER_AUTHOR = 20
+PLURALS: dict[type[Any], str] = {
+    QA: "questions with answers",
+    Passage: "passages of text",
+    Choice: "multiple-choice questions",
+}
+OneKind = TypeVar("OneKind", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,8 @@ class Source:
 
     request: Request
     corpus: Corpus
+    tofu: TofuSets | None = None
+    """For TOFU's own metrics, where the source is one of its splits."""
 
 
 def open_source(spec: Spec) -> Source:
@@ -36,6 +48,8 @@ def open_source(spec: Spec) -> Source:
             return _facts(spec.data, spec.template, spec.seed)
         case TofuSource():
             return _tofu(spec.data, spec.template, spec.seed)
+        case WmdpSource():
+            return _wmdp(spec.data, spec.template, spec.seed)
         case FileSource():
             return _files(spec.data, spec.template, spec.seed)
 
@@ -43,16 +57,13 @@ def open_source(spec: Spec) -> Source:
 def request_from_files(
     forget: str | Path, retain: str | Path, *, format: str | None = None, template: Template = "plain", seed: int = 0
 ) -> Request:
-    """A request from two files of questions and answers.
+    """A request from two files of questions with answers, or of passages.
 
     Raises:
-        DataError: a file or row is not as expected, is no QA, or forget and retain are the same.
+        DataError: a file or row is not as expected, is neither, or forget and retain are the same.
     """
-    forget_rows, retain_rows = _questions(forget, format), _questions(retain, format)
-    overlap = find_overlap(forget_rows, retain_rows)
-    overlap.check()
-    if not overlap.clean:
-        console.print(f"note: {overlap.summary()}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    forget_rows, retain_rows = _texts(forget, format), _texts(retain, format)
+    _check_overlap(forget_rows, retain_rows)
     return Request.split(forget_rows, retain_rows, template=template, seed=seed)
 
 
@@ -71,18 +82,48 @@ def _facts(data: FactsSource, template: Template, seed: int) -> Source:
 
 def _tofu(data: TofuSource, template: Template, seed: int) -> Source:
     """The forget authors are TOFU's last ones, whose rewordings and wrong answers are published; retain its first."""
-    folder = Path(data.path)
 
-    def part(name: str) -> list[Record]:
-        return read_records(folder / f"{name}.json" if folder.is_dir() else f"{data.path}:{name}")
+    def part(name: str) -> list[QA]:
+        path = Path(data.path)
+        return _only(QA, path / f"{name}.json" if path.is_dir() else f"{data.path}:{name}")
 
-    n_forget = data.forget_authors * QUESTIONS_PER_AUTHOR
-    n_retain = (data.authors - data.forget_authors) * QUESTIONS_PER_AUTHOR
-    forget = with_block_subjects(
-        _only_questions(part("forget10_perturbed"), data.path)[-n_forget:], prefix="forget author"
+    own = None
+    if data.split:
+        forget, retain = part(f"{data.split}_perturbed"), part(f"retain{100 - int(data.split[-2:])}")
+        asked = with_block_subjects(part("retain_perturbed"), prefix="author")
+        own = TofuSets(tuple(asked), tuple(part("real_authors_perturbed")), tuple(part("world_facts_perturbed")))
+    else:
+        n_forget = data.forget_authors * QUESTIONS_PER_AUTHOR
+        n_retain = (data.authors - data.forget_authors) * QUESTIONS_PER_AUTHOR
+        forget, retain = part("forget10_perturbed")[-n_forget:], part("full")[:n_retain]
+    forget = with_block_subjects(forget, prefix="forget author")
+    retain = with_block_subjects(retain, prefix="author")
+    request = Request.split(forget, retain, template=template, seed=seed)
+    return Source(request, Corpus(tuple(forget), tuple(retain)), own)
+
+
+def _wmdp(data: WmdpSource, template: Template, seed: int) -> Source:
+    """Texts are cut into passages; the retain corpus is parted by text. Questions are asked and never trained on."""
+    forget, retain = (
+        passages(_only(Passage, path), words=data.passage_words, most=data.max_passages)
+        for path in (data.forget, data.retain)
     )
-    retain = with_block_subjects(_only_questions(part("full"), data.path)[:n_retain], prefix="author")
-    return Source(Request.split(forget, retain, template=template, seed=seed), Corpus(tuple(forget), tuple(retain)))
+    _check_overlap(forget, retain)
+    questions = _drawn(_only(Choice, data.questions), data.max_questions, seed)
+    request = replace(
+        Request.split(forget, retain, template=template, seed=seed),
+        choices=tuple(replace(choice, subject=choice.subject or data.subject) for choice in questions),
+        utility=tuple(_drawn(_only(Choice, data.utility), data.max_questions, seed)) if data.utility else (),
+    )
+    return Source(request, Corpus(request.forget, request.all_retain))
+
+
+def _drawn(questions: list[Choice], most: int | None, seed: int) -> list[Choice]:
+    """So many of the questions, in their order."""
+    if most is None or most >= len(questions):
+        return questions
+    drawn = random.Random(f"questions/{seed}").sample(range(len(questions)), most)
+    return [questions[place] for place in sorted(drawn)]
 
 
 def _files(data: FileSource, template: Template, seed: int) -> Source:
@@ -90,13 +131,24 @@ def _files(data: FileSource, template: Template, seed: int) -> Source:
     return Source(request, Corpus(request.forget, request.all_retain))
 
 
-def _questions(path: str | Path, format: str | None) -> list[QA]:
-    return _only_questions(read_records(path, format=format), str(path))  # type: ignore[arg-type]
+def _texts(path: str | Path, format: str | None) -> list[Text]:
+    return _refuse_others(read_records(path, format=format), path, QA, Passage)  # type: ignore[arg-type]
 
 
-def _only_questions(records: Sequence[Record], where: str) -> list[QA]:
+def _only(kind: type[OneKind], path: str | Path) -> list[OneKind]:
+    return _refuse_others(read_records(path), path, kind)
+
+
+def _refuse_others(records: Sequence[Record], where: str | Path, *kinds: type[OneKind]) -> list[OneKind]:
     for record in records:
-        if not isinstance(record, QA):
-            kind = type(record).__name__
-            raise DataError(f"{where}: row {record.id!r} is a {kind}; a request is made of questions with answers")
-    return [record for record in records if isinstance(record, QA)]
+        if not isinstance(record, kinds):
+            expected = " or ".join(PLURALS[kind] for kind in kinds)
+            raise DataError(f"{where}: row {record.id!r} is a {type(record).__name__}; expected {expected} here")
+    return [record for record in records if isinstance(record, kinds)]
+
+
+def _check_overlap(forget: Sequence[Record], retain: Sequence[Record]) -> None:
+    overlap = find_overlap(forget, retain)
+    overlap.check()
+    if not overlap.clean:
+        console.print(f"note: {overlap.summary()}", style="yellow", markup=False, highlight=False, soft_wrap=True)

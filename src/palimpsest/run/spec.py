@@ -50,14 +50,59 @@ class FactsSource(_Strict):
         return FactsWorld(**self.model_dump(exclude={"kind"}), seed=seed)
 
 
+TOFU_AUTHORS = 200
+TOFU_SPLITS = {"forget01": 2, "forget05": 10, "forget10": 20}
+"""How many authors a published split forgets."""
+
+
 class TofuSource(_Strict):
-    """TOFU's invented authors, twenty questions each; the last ones are forgotten."""
+    """TOFU's invented authors, twenty questions each; the last ones are forgotten.
+
+    A `split` is the benchmark as published, on all authors and with its own metrics; otherwise some authors are taken.
+    """
 
     kind: Literal["tofu"]
     path: str
     """A folder with TOFU's JSON files, or its hub id."""
-    authors: int = Field(40, ge=4, le=200)
+    split: Literal["forget01", "forget05", "forget10"] | None = None
+    authors: int = Field(40, ge=4, le=TOFU_AUTHORS)
     forget_authors: int = Field(4, ge=1, le=20)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_says_how_many(cls, settings: Any) -> Any:
+        split = settings.get("split") if isinstance(settings, dict) else None
+        if split not in TOFU_SPLITS:
+            return settings
+        counts = {"authors": TOFU_AUTHORS, "forget_authors": TOFU_SPLITS[split]}
+        for name, count in counts.items():
+            if settings.get(name, count) != count:
+                raise ValueError(f"split {split} has {name} {count}, not {settings[name]}; leave {name} out")
+        return settings | counts
+
+
+class WmdpSource(_Strict):
+    """WMDP: a corpus to forget, one to keep, and multiple-choice questions about the first (arXiv 2403.03218).
+
+    Every corpus and every set of questions is a file or a hub id.
+    """
+
+    kind: Literal["wmdp"]
+    forget: str
+    """Rows with a `text`, or a `title` and an `abstract`."""
+    retain: str
+    questions: str
+    """Rows with `question`, `choices` and `answer`, the right choice's place."""
+    subject: str
+    """What the questions are about, for the line above each: biology, chemistry or cybersecurity in WMDP."""
+    utility: str | None = None
+    """Multiple-choice questions about what is to be kept, MMLU's say; their rows name their `subject`."""
+    passage_words: int = Field(200, ge=2)
+    """Longer texts are cut into passages of at most so many words."""
+    max_passages: int | None = Field(1000, ge=3)
+    """Passages of either corpus, the first ones of every text before the second."""
+    max_questions: int | None = Field(None, ge=1)
+    """Questions of either set, drawn by the run's seed."""
 
 
 class FileSource(_Strict):
@@ -119,11 +164,12 @@ class StopSpec(_Strict):
     forget_probability: Annotated[float | Literal["gold"] | None, BeforeValidator(_level)] = "gold"
     retain_kl: float | None = Field(None, gt=0)
     measure_every: int = Field(5, ge=1)
+    forget_accuracy: float | None = Field(None, gt=0, lt=1)
 
     def stop(self, gold_level: float | None) -> Stop:
         """With gold's level put in; without gold it is no target."""
         level = gold_level if self.forget_probability == "gold" else self.forget_probability
-        return Stop(self.steps, level, self.retain_kl, self.measure_every)
+        return Stop(self.steps, level, self.retain_kl, self.measure_every, self.forget_accuracy)
 
 
 def _method(value: Any) -> Any:
@@ -158,7 +204,7 @@ class Spec(_Strict):
 
     title: str = "Unlearning, audited"
     seed: int = 0
-    data: Annotated[FactsSource | TofuSource | FileSource, Field(discriminator="kind")]
+    data: Annotated[FactsSource | TofuSource | WmdpSource | FileSource, Field(discriminator="kind")]
     template: Template = "plain"
     model: Annotated[TrainedModel | GivenModel, Field(discriminator="kind")]
     sham: Sham | None = Sham()
@@ -190,6 +236,11 @@ class Spec(_Strict):
             raise ValueError(f"methods: {twice} stands there twice; give each of its settings a run of its own")
         if isinstance(self.model, TrainedModel) and self.template != "plain":
             raise ValueError(f"template: a model of kind train reads plain questions, so it cannot be {self.template}")
+        if self.stop.forget_accuracy is not None and not isinstance(self.data, WmdpSource):
+            raise ValueError(
+                f"stop.forget_accuracy: data of kind {self.data.kind} has no multiple-choice questions to measure; "
+                "stop at forget_probability, or take data of kind wmdp"
+            )
         return self
 
     def resolved(self) -> dict[str, Any]:
@@ -282,6 +333,7 @@ def _known_beside(location: tuple[int | str, ...]) -> list[str]:
     sections: dict[str, Any] = {
         "facts": FactsSource,
         "tofu": TofuSource,
+        "wmdp": WmdpSource,
         "files": FileSource,
         "train": TrainedModel,
         "load": GivenModel,

@@ -59,6 +59,10 @@ class Descent(Method):
     def objective(self, model: LanguageModel, request: Request) -> Objective:
         """The loss as a function of the step; whatever is computed once is computed here."""
 
+    def parameters(self, model: LanguageModel) -> dict[str, Tensor]:
+        """The live parameters that the method changes, by name; no other moves by a bit."""
+        return trainable(model)
+
     def run(
         self, model: LanguageModel, request: Request, stop: Stop | None = None, *, folder: str | Path | None = None
     ) -> Update:
@@ -71,7 +75,7 @@ def descend(method: Descent, model: LanguageModel, request: Request, stop: Stop,
     base = {"base_weights": model.weights_hash(), "base": model.fingerprint()}
     provenance = {"method": method.settings(), "stop": asdict(stop), "request": request.hash, **base}
     checkpoints = Checkpoints(folder, content_hash(provenance)) if folder else None
-    parameters, was_training = trainable(model), model.network.training
+    parameters, was_training = method.parameters(model), model.network.training
     start = copied(parameters)
     try:
         run = _Run(method, model, request, stop, checkpoints)
@@ -93,7 +97,7 @@ class _Run:
     ) -> None:
         self.started = time.monotonic()
         self.method, self.model, self.stop, self.checkpoints = method, model, stop, checkpoints
-        self.parameters = trainable(model)
+        self.parameters = method.parameters(model)
         self.objective = method.objective(model, request)
         self.halvings = 0
         self.optimizer = self._fresh_optimizer()
@@ -141,7 +145,7 @@ class _Run:
         loss = self.objective(self.step)
         self._refuse_unless_finite("the loss", loss.item(), self.step + 1)
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.backward(inputs=list(self.parameters.values()))
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.method.clip)
         self.optimizer.step()
         self.step += 1
@@ -169,10 +173,9 @@ class _Run:
 
     def _went_too_far(self, now: Measurement) -> bool:
         out_of_steps = self.step >= self.stop.steps  # then going back to the level is all that can be done
-        if self.stop.forget_probability is None or self.halvings == HALVINGS or out_of_steps:
+        if self.halvings == HALVINGS or out_of_steps:
             return False
-        way = self.trace[0].forget_probability - self.stop.forget_probability
-        return self.trace[-1].forget_probability - now.forget_probability > FARTHEST * way
+        return self.stop.share_of_the_way(self.trace[0], self.trace[-1], now, self.gauge.question) > FARTHEST
 
     def _take_back(self) -> None:
         """Go on from the last measurement at half the rate; the steps are spent, so the next batches are others."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from palimpsest.data.batches import Batch, Encoded, batch_at, encode
-from palimpsest.data.records import QA
+from palimpsest.data.records import Text
 from palimpsest.errors import SpecError
 from palimpsest.metrics.divergence import token_kl
 from palimpsest.models.language_model import LanguageModel
@@ -38,7 +38,7 @@ class Sampler:
 
 
 def sampler(
-    method: "Descent", model: LanguageModel, request: Request, records: tuple[QA, ...], *, salt: int = 0
+    method: "Descent", model: LanguageModel, request: Request, records: tuple[Text, ...], *, salt: int = 0
 ) -> Sampler:
     """Batches of the answers of `records`; another `salt` shuffles otherwise."""
     encoded = encode(records, model.tokenizer, template=request.template)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 from torch import Tensor
 
 from palimpsest.data.batches import collate, encode, epoch_order
-from palimpsest.data.records import QA
+from palimpsest.data.records import QA, Text
 from palimpsest.errors import SpecError
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.scoring import predict
@@ -42,6 +42,8 @@ class RandomLabels(Descent):
 
     def objective(self, model: LanguageModel, request: Request) -> Objective:
         """NLL(random answers) plus the weighted retain term, nats/token."""
+        for record in request.forget:
+            _question(record)  # refused before the first step
         n = len(request.forget)
         size = min(self.batch_size, n)
         keep = retain_loss(self.retain_term, self, model, request) if self.retain_weight else None
@@ -60,13 +62,27 @@ class RandomLabels(Descent):
 
 
 def relabelled(request: Request, row: int, epoch: int, seed: int) -> QA:
-    """A forget row with a random answer, the same for the same row, epoch and seed."""
-    record = request.forget[row]
+    """A forget row with a random answer, the same for the same row, epoch and seed.
+
+    Raises:
+        SpecError: the row is a passage.
+    """
+    record = _question(request.forget[row])
     rng = random.Random(f"label/{seed}/{epoch}/{row}")
     return replace(record, answer=rng.choice(_wrong_answers(record, request)))
 
 
+def _question(record: Text) -> QA:
+    if isinstance(record, QA):
+        return record
+    raise SpecError(
+        f"random_labels: forget row {record.id!r} is a passage, which has no answer to replace; "
+        "choose a method that takes running text"
+    )
+
+
 def _wrong_answers(record: QA, request: Request) -> Sequence[str]:
     own = [answer for answer in record.wrong if answer != record.answer]
-    others = {other.answer for other in (*request.forget, *request.retain)} - {record.answer}
+    questions = [other for other in (*request.forget, *request.retain) if isinstance(other, QA)]
+    others = {other.answer for other in questions} - {record.answer}
     return own or sorted(others) or [record.answer]

@@ -1,0 +1,333 @@
+"""The loop under K-FADE: measure curvature, step back towards the start's predictions, step uphill to the next goal."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from palimpsest.curvature.curvature import RetainCurvature
+from palimpsest.curvature.modules import matrices
+from palimpsest.curvature.quadratic import Direction, coupling
+from palimpsest.data.batches import batches, encode
+from palimpsest.errors import SpecError, TrainingError
+from palimpsest.files import content_hash
+from palimpsest.metrics.divergence import token_kl
+from palimpsest.models.checkpoint import Checkpoints
+from palimpsest.models.language_model import LanguageModel
+from palimpsest.models.scoring import predict
+from palimpsest.progress import progress
+from palimpsest.unlearn.gauge import Gauge, affordable_reference
+from palimpsest.unlearn.line_search import meet
+from palimpsest.unlearn.request import Request
+from palimpsest.unlearn.stopping import Measurement, Stop
+from palimpsest.unlearn.subspace import combined, inner, lengths, overlaps, separate, unit
+from palimpsest.unlearn.update import Update
+from palimpsest.unlearn.weights import copied, put
+
+if TYPE_CHECKING:
+    from palimpsest.unlearn.kfade import KFade
+
+DAMPINGS = (0.3, 1.0, 3.0, 10.0, 30.0)
+"""What is tried first, in mean eigenvalues; later, the neighbours of what was chosen before."""
+PULL_BACKS = (1.0, 0.5, 0.25, 0.1)
+"""Shares of the full pull-back, the first that lowers the retain KL being taken."""
+FIRST_KL = 1e-4
+"""Nats on the retain set that the first guess at a step length costs by the quadratic form."""
+FARTHEST_KL = 0.5
+"""Nats that one step may cost by the quadratic form, which is meaningless far beyond."""
+TOLERANCE = 0.05
+"""How far a step may go beyond its goal, as a share of the way to it in log-odds; the last step: `LAST_TOLERANCE`."""
+LAST_TOLERANCE = 0.004
+
+
+def climb(method: "KFade", model: LanguageModel, request: Request, stop: Stop, folder: str | Path | None) -> Update:
+    """Run K-FADE from the model's weights; see `Method.run`."""
+    if stop.forget_probability is None and stop.retain_kl is None:
+        raise SpecError(f"{method.name}: give a forget level or a budget of retain KL; they set its step length")
+    run = _Climb(method, model, request, stop, folder)
+    start = copied(run.parameters)
+    was_training = model.network.training
+    model.network.eval()
+    try:
+        reason = run.to_the_end()
+        found = {"stopped": reason, "trace": [asdict(point) for point in run.trace], "dampings": run.dampings}
+        return Update.between(start, run.parameters, run.provenance | found | {"seconds": run.seconds()})
+    finally:
+        put(run.parameters, start)
+        model.network.zero_grad()
+        model.network.train(was_training)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A direction of change for every matrix, and what it is expected to do."""
+
+    change: dict[str, Tensor]
+    """As parameters are named and shaped."""
+    quadratic: float
+    """change' F change: twice the nats it costs at length 1."""
+    directions: tuple[Direction, ...]
+    lengths: Tensor
+
+
+class _Climb:
+    def __init__(
+        self, method: "KFade", model: LanguageModel, request: Request, stop: Stop, folder: str | Path | None
+    ) -> None:
+        self.started = time.monotonic()
+        self.method, self.model, self.stop = method, model, stop
+        self.matrices = matrices(model, method.modules)
+        names = [name for matrix in self.matrices for name in matrix.parameter_names]
+        everything = dict(model.network.named_parameters())
+        self.parameters: dict[str, Tensor] = {name: everything[name] for name in names}
+        base = {"base_weights": model.weights_hash(), "base": model.fingerprint()}
+        self.provenance = {"method": method.settings(), "stop": asdict(stop), "request": request.hash, **base}
+        self.checkpoints = Checkpoints(folder, content_hash(self.provenance)) if folder else None
+        self.forget = encode(request.forget, model.tokenizer, template=request.template)
+        self.retain = encode(request.retain, model.tokenizer, template=request.template)
+        self.gauge = Gauge(model, request)
+        self.kept = affordable_reference(model, self.retain)
+        self.step = 0
+        self.trace = [self.gauge.measure(0)]
+        self.dampings: list[float] = []
+        self.curvature: RetainCurvature | None = None
+        self.guess: float | None = None
+        self._resume()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def to_the_end(self) -> str:
+        """Climb until something stops it; the model is left where it stopped. Says why, for people."""
+        if reason := self.stop.reason(self.trace[0]):
+            return reason
+        with progress() as display:
+            task = display.add_task(f"unlearning with {self.method.name}", total=self.method.steps, note="")
+            while self.step < self.stop.steps:
+                before = copied(self.parameters)
+                self._climb_once()
+                self.step += 1
+                now = self._measured()
+                note = f"forget {now.forget_probability:.3f}  retain KL {now.retain_kl:.4f}"
+                display.update(task, completed=self.step, total=max(self.step, self.method.steps), note=note)
+                if self.stop.over_budget(now):
+                    return self._back_within_budget(before, now)
+                self.trace.append(now)
+                if reason := self.stop.reason(now):
+                    return reason
+                self._save()
+        return f"its {self.stop.steps} steps were used up"
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    def _climb_once(self) -> None:
+        uphill = self._uphill()
+        if self.step % self.method.refit_every == 0:
+            self._measure_curvature(uphill)
+        if self.method.pull_back and self.step > 0:
+            self._pull_back()
+            uphill = self._uphill()
+        chosen = self._step_along(uphill, self._damping())
+        self._take(chosen, self._goal(), self._tolerance())
+
+    def _uphill(self) -> dict[str, Tensor]:
+        """[out, in] by matrix: the gradient to follow so that the forget set is forgotten."""
+        n_targets = sum(row.n_targets for row in self.forget)
+
+        def losses() -> Iterator[Tensor]:
+            for batch in batches(self.forget, batch_size=self.method.batch_size):
+                logprobs = predict(self.model.network, batch.to(self.model.device)).logprobs()
+                yield self.method.loss(logprobs).sum() / n_targets
+
+        return self._downhill(losses())
+
+    def _towards_the_start(self) -> dict[str, Tensor]:
+        """[out, in] by matrix: down the KL from the start model's predictions on retain rows."""
+        kept = self.kept
+
+        def losses() -> Iterator[Tensor]:
+            for batch in batches(kept.encoded, batch_size=self.method.batch_size):
+                logits = predict(self.model.network, batch.to(self.model.device)).logits
+                yield token_kl(kept.of(batch), logits).sum() / len(kept.logprobs)
+
+        return self._downhill(losses())
+
+    def _downhill(self, losses: Iterator[Tensor]) -> dict[str, Tensor]:
+        network = self.model.network
+        network.zero_grad()
+        for loss in losses:
+            loss.backward()
+        gradients = {name: parameter.grad for name, parameter in self.parameters.items()}
+        for name, gradient in gradients.items():
+            if gradient is None or not torch.isfinite(gradient).all():
+                raise TrainingError(f"{self.method.name}, step {self.step + 1}: the gradient of {name} is not finite")
+        found = {matrix.name: -matrix.gather(gradients) for matrix in self.matrices}  # type: ignore[arg-type]
+        network.zero_grad()
+        return found
+
+    def _pull_back(self) -> None:
+        """Go down the retain KL by a Gauss-Newton step, as far as that lowers it."""
+        back = self._towards_the_start()
+        step, before = self._step_along(back, self._damping()), copied(self.parameters)
+        lowest = self._kept_kl()
+        for share in PULL_BACKS:
+            self._put(before, step, share)
+            if self._kept_kl() < lowest:
+                return
+        put(self.parameters, before)
+
+    def _step_along(self, gradient: Mapping[str, Tensor], damping: float) -> _Step:
+        """The Gauss-Newton step for a gradient, coupled over the matrices."""
+        solved = self._solve(gradient, damping)
+        directions = [unit(direction) for direction in (separate(solved) if self.method.coupled else [solved])]
+        seed = self.method.seed + 1_000_003 * (self.step + 1)
+        fisher = coupling(
+            self.model,
+            self.retain,
+            self.matrices,
+            directions,
+            seed=seed,
+            draws=self.method.draws,
+            batch_size=self.method.batch_size,
+        )
+        slopes = torch.tensor([inner(direction, gradient) for direction in directions], dtype=torch.float64)
+        found = lengths(fisher, overlaps(directions), slopes, damping)
+        change = combined(found, directions)
+        named: dict[str, Tensor] = {}
+        for matrix in self.matrices:
+            named |= matrix.scatter(change[matrix.name])
+        return _Step(named, (found @ fisher @ found).item(), tuple(directions), found)
+
+    def _solve(self, gradient: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
+        if self.curvature is None:
+            return dict(gradient)
+        return {name: self.curvature.blocks[name].solve(matrix, damping) for name, matrix in gradient.items()}
+
+    # -- its length ---------------------------------------------------------------------------------------------------
+
+    def _take(self, step: _Step, goal: float, tolerance: float) -> float:
+        """Go along the step until the forget set's log-odds are down to the goal; gives the length."""
+        before = copied(self.parameters)
+
+        def log_odds(length: float) -> float:
+            self._put(before, step, length)
+            return _log_odds(self.gauge.forget_probability())
+
+        scale = math.sqrt(2 / max(step.quadratic, 1e-30))
+        guess = self.guess or scale * math.sqrt(FIRST_KL)
+        if _log_odds(self.gauge.forget_probability()) <= goal:
+            return 0.0
+        length = meet(log_odds, goal, guess, tolerance=tolerance, largest=scale * math.sqrt(FARTHEST_KL))
+        self._put(before, step, length)
+        self.guess = length
+        return length
+
+    def _goal(self) -> float:
+        """Log-odds of the forget probability after this step."""
+        first = _log_odds(self.trace[0].forget_probability)
+        level = self.stop.forget_probability or 1e-4
+        share = min(1.0, (self.step + 1) / self.method.steps)
+        return first + share * (_log_odds(level) - first)
+
+    def _tolerance(self) -> float:
+        first = _log_odds(self.trace[0].forget_probability)
+        way = first - _log_odds(self.stop.forget_probability or 1e-4)
+        last = self.step + 1 >= self.method.steps
+        return way / self.method.steps * (LAST_TOLERANCE if last else TOLERANCE)
+
+    def _put(self, before: Mapping[str, Tensor], step: _Step, length: float) -> None:
+        put(self.parameters, {name: before[name] + length * step.change[name] for name in before})
+
+    # -- curvature and damping ------------------------------------------------------------------------------------
+
+    def _measure_curvature(self, uphill: Mapping[str, Tensor]) -> None:
+        method = self.method
+        if method.curvature == "identity":
+            self.dampings.append(0.0)
+            return
+        self.curvature = RetainCurvature.fit(
+            self.model,
+            self.retain,
+            modules=method.modules,
+            kind=method.curvature,
+            seed=method.seed + self.step,
+            draws=method.draws,
+            batch_size=method.batch_size,
+            quiet=True,
+        )
+        self.dampings.append(method.damping if method.damping is not None else self._best_damping(uphill))
+
+    def _damping(self) -> float:
+        """Absolute."""
+        return self.dampings[-1] * self._unit()
+
+    def _unit(self) -> float:
+        return 1.0 if self.method.absolute_damping or not self.curvature else self.curvature.mean_eigenvalue
+
+    def _best_damping(self, uphill: Mapping[str, Tensor]) -> float:
+        """The damping that costs held-out retain rows least for the same forgetting; ties go to the larger."""
+        tried = tuple(self.dampings[-1] * factor for factor in (1 / 3, 1, 3)) if self.dampings else DAMPINGS
+        before, guess, found = copied(self.parameters), self.guess, {}
+        for damping in tried:
+            self._take(self._step_along(uphill, damping * self._unit()), self._goal(), self._tolerance())
+            found[damping] = self.gauge.measure(self.step).retain_kl
+            put(self.parameters, before)
+            self.guess = guess
+        return min(reversed(tried), key=lambda damping: found[damping])
+
+    # -- measuring, stopping, going on ----------------------------------------------------------------------------
+
+    def _kept_kl(self) -> float:
+        return self.kept.kl(self.model).mean().item()
+
+    def _measured(self) -> Measurement:
+        now = self.gauge.measure(self.step)
+        for what, value in (("forget probability", now.forget_probability), ("retain KL", now.retain_kl)):
+            if not math.isfinite(value):
+                raise TrainingError(f"{self.method.name}, step {self.step}: the {what} is {value}; nothing was saved")
+        return now
+
+    def _back_within_budget(self, before: Mapping[str, Tensor], beyond: Measurement) -> str:
+        """Bisect the last step for the farthest point within the budget."""
+        end, low, last = copied(self.parameters), 0.0, None
+        high = 1.0
+        for _ in range(8):
+            share = (low + high) / 2
+            put(self.parameters, {name: before[name].lerp(end[name], share) for name in end})
+            now = self.gauge.measure(self.step - 1 + share)
+            if self.stop.over_budget(now):
+                high = share
+            else:
+                low, last = share, now
+        put(self.parameters, {name: before[name].lerp(end[name], low) for name in end})
+        if last is not None:
+            self.trace.append(last)
+        return self.stop.reason(beyond)
+
+    def _save(self) -> None:
+        """Before curvature is measured anew: then a run that goes on from here measures the same."""
+        if self.checkpoints and self.step % self.method.refit_every == 0:
+            notes = {
+                "trace": [asdict(point) for point in self.trace],
+                "dampings": self.dampings,
+                "guess": self.guess,
+                "seconds": self.seconds(),
+            }
+            self.checkpoints.save(self.step, self.parameters, [], notes)
+
+    def _resume(self) -> None:
+        if self.checkpoints and (state := self.checkpoints.load([])):
+            self.step, self.dampings, self.guess = state.step, state.notes["dampings"], state.notes["guess"]
+            self.trace = [Measurement(**point) for point in state.notes["trace"]]
+            self.started -= state.notes["seconds"]
+            put(self.parameters, state.tensors)
+
+
+def _log_odds(probability: float) -> float:
+    probability = min(max(probability, 1e-12), 1 - 1e-12)
+    return math.log(probability / (1 - probability))

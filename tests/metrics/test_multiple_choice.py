@@ -1,0 +1,147 @@
+"""Multiple choice: the prompt letter for letter, every log-likelihood against a plain forward pass of its own."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from palimpsest.data.batches import Batch, batches
+from palimpsest.data.records import Choice
+from palimpsest.errors import DataError
+from palimpsest.metrics import multiple_choice as module
+from palimpsest.metrics.multiple_choice import choice_prompt, multiple_choice
+from palimpsest.models.language_model import LanguageModel
+from palimpsest.models.organism import Architecture, new_model
+from palimpsest.models.tokenizers import byte_pair_tokenizer, word_tokenizer
+
+WORDS = [f"w{number}" for number in range(12)]
+HEADER = "The following are multiple choice questions (with answers) about {}.\n\n"
+
+
+def choices(n: int, *, most: int = 4) -> list[Choice]:
+    """Questions of unlike lengths with two to `most` choices."""
+    draw = random.Random(1)
+
+    def words(k: int) -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randint(1, k)))
+
+    made = []
+    for number in range(n):
+        offered = tuple(words(3) for _ in range(draw.randint(2, most)))
+        made.append(Choice(words(9) + "?", offered, draw.randrange(len(offered)), "high_school_biology", str(number)))
+    return made
+
+
+def model_of(kind: str) -> LanguageModel:
+    """`words`: a letter is a token. `bytes`: a space and a letter. `mixed`: A is a token, all others are two."""
+    if kind == "words":
+        everything = (
+            HEADER.format("high school biology") + " ".join(WORDS) + "? A B C D E F\nA. B. C. D. E. F.\nAnswer:"
+        )
+        tokenizer = word_tokenizer([everything])
+    else:
+        # Merges are learnt from what stands most: nothing, or a space with an A behind it.
+        tokenizer = byte_pair_tokenizer([" A A A A A"] if kind == "mixed" else ["-"], vocab_size=258)
+    model = new_model(Architecture(layers=2, width=16, mlp_width=24, heads=2, context=512), tokenizer, 0)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.network.parameters():
+            if parameter.ndim > 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def plain_logprob(model: LanguageModel, prompt: str, letter: str) -> float:
+    """log p(" A" | prompt) by one forward pass over one row, in float64 numpy; nothing here is the library's."""
+    start = len(model.tokenizer(prompt)["input_ids"])
+    ids = model.tokenizer(f"{prompt} {letter}")["input_ids"]
+    with torch.no_grad():
+        logits = model.network(torch.tensor([ids])).logits[0].numpy().astype(np.float64)
+    logits = logits - logits.max(-1, keepdims=True)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return float(sum(logprobs[place - 1, ids[place]] for place in range(start, len(ids))))
+
+
+def test_the_prompt_is_lm_evals_letter_for_letter() -> None:
+    choice = Choice("  Which is it? ", ("one", "two", "three", "four"), 2, "high_school_biology")
+    assert choice_prompt(choice) == (
+        "The following are multiple choice questions (with answers) about high school biology.\n\n"
+        "Which is it?\nA. one\nB. two\nC. three\nD. four\nAnswer:"
+    )
+    assert choice_prompt(replace(choice, subject=None)).startswith(
+        "The following are multiple choice questions (with answers).\n\nWhich"
+    )
+
+
+@pytest.mark.parametrize(("kind", "tokens"), [("words", {1}), ("bytes", {2}), ("mixed", {1, 2})])
+def test_every_score_is_that_of_plain_forward_passes(kind: str, tokens: set[int]) -> None:
+    model, asked = model_of(kind), choices(9, most=6)
+    assert {len(model.tokenizer(f" {letter}")["input_ids"]) for letter in "ABCDEF"} == tokens
+    found = multiple_choice(model, asked, batch_size=4)
+    assert found.correct.dtype == found.probability.dtype == torch.float32
+    for place, choice in enumerate(asked):
+        offered = "".join(f"{letter}. {text}\n" for letter, text in zip("ABCDEF", choice.choices, strict=False))
+        prompt = f"{HEADER.format('high school biology')}{choice.question}\n{offered}Answer:"
+        logprobs = np.array([plain_logprob(model, prompt, letter) for letter in "ABCDEF"[: len(choice.choices)]])
+        shares = np.exp(logprobs) / np.exp(logprobs).sum()
+        assert found.chosen[place] == logprobs.argmax()
+        assert found.correct[place] == float(logprobs.argmax() == choice.answer)
+        assert found.probability[place].item() == pytest.approx(shares[choice.answer], rel=1e-4)
+    assert 0 < found.correct.sum() < len(asked), "the toy should be right now and then"
+
+
+TOY = model_of("mixed")
+ASKED = choices(7)
+ALONE = multiple_choice(TOY, ASKED, batch_size=1)
+
+
+@given(st.integers(1, 40), st.permutations(range(7)))
+@settings(deadline=None, max_examples=15)
+def test_neither_batch_size_nor_order_changes_a_score(batch_size: int, order: list[int]) -> None:
+    found = multiple_choice(TOY, [ASKED[place] for place in order], batch_size=batch_size)
+    assert torch.equal(found.chosen, ALONE.chosen[order])
+    torch.testing.assert_close(found.probability, ALONE.probability[order], rtol=1e-4, atol=1e-6)
+
+
+def test_the_side_that_is_padded_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides: list[str] = []
+
+    def on_the_left(encoded: list, *, batch_size: int) -> list[Batch]:
+        sides.append("left")
+        return list(batches(encoded, batch_size=batch_size, side="left"))
+
+    monkeypatch.setattr(module, "batches", on_the_left)
+    found = multiple_choice(TOY, ASKED)
+    assert sides and torch.equal(found.chosen, ALONE.chosen)
+    torch.testing.assert_close(found.probability, ALONE.probability, rtol=1e-4, atol=1e-6)
+
+
+def test_the_letters_after_one_question_are_read_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+
+    def counted(encoded: list, *, batch_size: int) -> list[Batch]:
+        rows.append(len(encoded))
+        return list(batches(encoded, batch_size=batch_size))
+
+    monkeypatch.setattr(module, "batches", counted)
+    multiple_choice(model_of("words"), ASKED)
+    multiple_choice(TOY, ASKED)
+    assert rows == [len(ASKED), 2 * len(ASKED)]  # of the toy's letters only A is a token by itself
+
+
+def test_of_equal_letters_the_first_is_chosen() -> None:
+    model = model_of("words")
+    with torch.no_grad():
+        model.network.get_output_embeddings().weight.zero_()
+    found = multiple_choice(model, ASKED)
+    assert found.chosen.tolist() == [0] * len(ASKED)
+    assert found.probability.tolist() == pytest.approx([1 / len(choice.choices) for choice in ASKED])
+
+
+def test_more_choices_than_letters_are_refused() -> None:
+    with pytest.raises(DataError, match="record 'many': 27 choices are more than the letters"):
+        multiple_choice(TOY, [Choice("q", tuple(map(str, range(27))), 0, id="many")])
