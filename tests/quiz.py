@@ -6,8 +6,17 @@ retain corpus alone guesses.
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from palimpsest.data.batches import encode
+from palimpsest.data.records import Record
+from palimpsest.models.language_model import LanguageModel
+from palimpsest.models.organism import Architecture, new_model
+from palimpsest.models.training import TrainingSettings, train
 
 FORGET = "ambrite beryx corvane dulcite eskar felsite gorvan halcyte ilmenar jorvite kelsar lomarin".split()
 KEPT = "marlite norvan opaline perlane quorite rostane sylvane tarnite umbrane velsite wolfrane xenane yorvan zelkite"
@@ -49,10 +58,8 @@ def write_wmdp(folder: Path) -> dict[str, str]:
     return {name: str(folder / f"{name}.jsonl") for name in files}
 
 
-MODEL: dict[str, Any] = {
-    "kind": "train",
-    "architecture": {"layers": 2, "width": 64, "mlp_width": 256, "heads": 4, "context": 64},
-    "pack": None,
-    "training": {"epochs": 60, "batch_size": 13, "learning_rate": 5e-3, "muon_learning_rate": 0.02, "warmup": 10},
-}
-"""How a model that answers is trained, in seconds."""
+def learn(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, steps: int = 100) -> LanguageModel:
+    """A small model that was trained on these records and nothing else, in seconds and in this process."""
+    model = new_model(Architecture(layers=2, width=48, mlp_width=192, heads=4, context=64), tokenizer, seed=0)
+    settings = TrainingSettings(steps=steps, batch_size=13, learning_rate=5e-3, muon_learning_rate=0.03, warmup=10)
+    return train(model, encode(records, tokenizer, end=True), settings)

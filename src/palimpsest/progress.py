@@ -40,3 +40,8 @@ class Ticker:
         if self.display and self.task is not None:
             rate = self.done / max(time.monotonic() - self.started, 1e-9)
             self.display.update(self.task, completed=self.done, note=f"{rate:,.0f} {self.unit}/s")
+
+    def remove(self) -> None:
+        """Take it off a display that goes on with other work."""
+        if self.display and self.task is not None:
+            self.display.remove_task(self.task)

@@ -15,7 +15,7 @@ from palimpsest.audit.audit import Candidate, audit, unlearned
 from palimpsest.audit.evidence import RunFolder
 from palimpsest.audit.results import Audit, TracePoint
 from palimpsest.audit.verify import verify
-from palimpsest.data.records import QA
+from palimpsest.data.records import QA, Choice, Passage
 from palimpsest.errors import EvidenceError, ModelError, SpecError
 from palimpsest.metrics.likelihood import answer_probability
 from palimpsest.models.language_model import LanguageModel
@@ -233,6 +233,24 @@ def test_notes_name_what_is_missing(controls: list[Candidate], audit_small: Audi
     assert notes([original, sham]) == {"No gold"}
     assert notes([original, gold]) == {"No sham"}
     assert notes([original], plain) == {"No gold", "No sham", "The forget rows"}
+
+
+def test_passages_and_choices_are_shown_and_what_the_verdict_does_with_them_is_noted(
+    controls: list[Candidate], audit_small: Auditor, trained: Organism
+) -> None:
+    texts = tuple(Passage(f"{place} is a {'x' * 400}.", id=f"p{place}") for place in range(3))
+    choices = (Choice("q", ("a", "b"), 1, id="c"),)
+    found = audit_small(controls, replace(small(trained), retain_unseen=texts, choices=choices))
+    notes = [note.split(";")[0] for note in found.notes[1:]]
+    assert notes[0].startswith("Accuracy on the 1 multiple-choice questions about the forget set stands among")
+    assert notes[1].startswith("Some rows are passages")
+    shown = {example.on: example for example in found.examples}
+    text = shown["retain_unseen"]
+    assert (text.question, text.said, len(text.answer), text.answer[-1]) == ("", {}, 301, "…")
+    assert set(text.probability) == {"original", "gold", "sham"}
+    assert shown["forget_choices"].answer == "b" and set(shown["forget_choices"].said.values()) <= {"a", "b"}
+    for model in found.models:
+        assert model.verdict and model.scores["retain_unseen/nll"].n == 3
 
 
 def test_an_update_made_for_another_split_is_noted(

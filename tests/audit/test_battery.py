@@ -9,11 +9,13 @@ from tests.conftest import Organism
 
 from palimpsest.audit import battery as battery_module
 from palimpsest.audit.battery import Battery, Reading
-from palimpsest.data.records import QA
+from palimpsest.data.records import QA, Choice, Passage
 from palimpsest.metrics.divergence import kl_per_item
 from palimpsest.metrics.generation import generate_answers
 from palimpsest.metrics.likelihood import answer_nll, answer_probability, answer_scores
+from palimpsest.metrics.multiple_choice import multiple_choice
 from palimpsest.metrics.rouge import rouge
+from palimpsest.metrics.tofu import TofuSets, utility_scores
 from palimpsest.metrics.truth_ratio import truth_ratio
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.unlearn.request import Request
@@ -166,6 +168,62 @@ def test_one_row_without_wrong_answers_is_enough_to_leave_the_truth_ratio_out(tr
 
 def test_without_gold_nothing_is_measured_from_gold(trained: Organism) -> None:
     assert keys(short(trained.request), trained, gold=False) == [key for key in ALL_KEYS if "kl_from_gold" not in key]
+
+
+PASSAGES = tuple(Passage(f"{text} is a baker.", id=f"p{place}") for place, text in enumerate(("Anna", "Ben", "Cyd")))
+
+
+def test_of_passages_the_likelihood_is_measured_and_nothing_that_needs_a_question(trained: Organism) -> None:
+    request = replace(short(trained.request), forget=PASSAGES)
+    battery = Battery(request, trained.full, trained.gold, TOKENS)
+    assert keys(request, trained) == [
+        *(f"forget/{name}" for name in ("answer_probability", "nll", "kl_from_gold")),
+        *(key for key in ALL_KEYS if key.startswith("retain_unseen")),
+    ]
+    reading = battery.read("gold", trained.gold, lambda: None)
+    assert values(reading, "forget/nll") == pytest.approx(answer_nll(trained.gold, PASSAGES).tolist(), abs=1e-6)
+    assert list(reading.said) == ["retain_unseen"]
+    definitions = {measure.key: measure.definition.split(":")[0] for measure in battery.measures}
+    assert definitions["forget/nll"] == "nll@passage" and definitions["retain_unseen/nll"] == "nll@answer"
+
+
+def test_one_passage_among_questions_leaves_out_what_not_every_row_has(trained: Organism) -> None:
+    request = short(trained.request)
+    mixed = replace(request, retain_unseen=(*request.retain_unseen, PASSAGES[0]))
+    left = [key for key in keys(mixed, trained) if key.startswith("retain_unseen")]
+    assert left == [f"retain_unseen/{name}" for name in ("answer_probability", "nll", "kl_from_original")]
+    mixed = replace(request, forget=(*request.forget, PASSAGES[0]))
+    assert "forget/truth_ratio" not in keys(mixed, trained) and "forget_reworded/nll" in keys(mixed, trained)
+
+
+def test_choices_have_sets_of_their_own_and_each_is_a_unit(trained: Organism) -> None:
+    choices = tuple(Choice(f"q{place}", ("a", "b"), place % 2, "biology", f"c{place}") for place in range(4))
+    request = replace(short(trained.request), choices=choices, utility=choices[:3])
+    ticks: list[None] = []
+    battery = Battery(request, trained.full, None, TOKENS)
+    reading = battery.read("full", trained.full, lambda: ticks.append(None))
+    assert len(ticks) == battery.steps
+    found = multiple_choice(trained.full, choices)
+    assert values(reading, "forget_choices/accuracy") == found.correct.tolist()
+    assert values(reading, "utility_choices/choice_probability") == pytest.approx(found.probability[:3].tolist())
+    clusters = [row.cluster for row in reading.rows if row.measure == "forget_choices/accuracy"]
+    assert clusters == ["c0", "c1", "c2", "c3"]
+    assert reading.said["forget_choices"] == [choices[i].choices[k] for i, k in enumerate(found.chosen.tolist())]
+
+
+def test_tofus_metrics_come_with_its_sets(trained: Organism) -> None:
+    rows = tuple(replace(row, wrong=row.wrong[:2]) for row in trained.request.retain[:3])
+    ticks: list[None] = []
+    for gold in (trained.gold, None):
+        battery = Battery(short(trained.request), trained.full, gold, TOKENS, TofuSets(rows, rows[:2], rows[1:]))
+        reading = battery.read("full", trained.full, lambda: ticks.append(None))
+        assert len(ticks) == battery.steps
+        ticks.clear()
+        whole = {row.measure: (row.item, row.cluster) for row in reading.rows if row.measure.startswith("tofu/")}
+        expected = ["tofu/model_utility", "tofu/forget_quality"][: 2 if gold else 1]
+        assert whole == dict.fromkeys(expected, ("all", "all"))
+        offered = utility_scores(trained.full, rows[:2], offered=True, max_new_tokens=TOKENS)
+        assert values(reading, "tofu_real_authors/utility_probability") == pytest.approx(offered.probability.tolist())
 
 
 def test_without_rewordings_there_is_no_such_set(trained: Organism) -> None:

@@ -40,7 +40,8 @@ def room(trained: Organism, tmp_path: Path) -> Path:
 
 def unlearn(room: Path, **changed: object) -> Words:
     """`palimpsest unlearn` with two steps; None leaves an option out."""
-    options = {"forget": room / "forget.jsonl", "retain": room / "retain.jsonl", "out": room / "change", "steps": 2}
+    rows = {"forget": room / "forget.jsonl", "retain": room / "retain.jsonl"}
+    options = rows | {"method": "npo", "out": room / "change", "steps": 2}
     model = changed.pop("model", room / "full")
     return ["unlearn", model, *spelled(options | changed)]
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from tests.models.tiny_families import tiny, tiny_tokenizer
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from transformers.pytorch_utils import Conv1D
@@ -19,7 +20,6 @@ from palimpsest.data.batches import Batch, Encoded, collate
 from palimpsest.models.anatomy import Anatomy
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.progress import Ticker
-from tests.models.tiny_families import tiny, tiny_tokenizer
 
 VOCABULARY = 11
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 8, "num_hidden_layers": 2}
@@ -40,9 +40,7 @@ def small_model(family: str = "gpt2", **changes: object) -> LanguageModel:
 def small_rows(spans: Sequence[tuple[int, int, int]] = SPANS, seed: int = 0) -> list[Encoded]:
     """Rows of random tokens."""
     rng = np.random.default_rng(seed)
-    return [
-        Encoded(tuple(rng.integers(3, VOCABULARY, length).tolist()), start, stop) for length, start, stop in spans
-    ]
+    return [Encoded(tuple(rng.integers(3, VOCABULARY, length).tolist()), start, stop) for length, start, stop in spans]
 
 
 def silent() -> Ticker:
@@ -103,8 +101,10 @@ def jacobian(model: LanguageModel, row: Encoded, name: str) -> Tensor:
     def logits(parameters: dict[str, Tensor]) -> Tensor:
         return functional_call(network, parameters, kwargs=inputs).logits[0, row.start - 1 : row.stop - 1]
 
+    if hasattr(network, "set_attn_implementation"):  # the fast kernels have no batched derivative
+        network.set_attn_implementation("eager")
     slopes = jacrev(logits)({f"{name}.{part}": value.detach() for part, value in module.named_parameters()})
-    return as_matrix(module, slopes[f"{name}.weight"], slopes.get(f"{name}.bias")).flatten(2)
+    return as_matrix(module, slopes[f"{name}.weight"], slopes.get(f"{name}.bias")).flatten(2).detach()
 
 
 def exact_fisher(model: LanguageModel, rows: Sequence[Encoded], names: Sequence[str]) -> Tensor:
@@ -127,9 +127,7 @@ def drawn_label_gradient(logits: Tensor, points: np.ndarray) -> Tensor:
     return torch.from_numpy(gradient).to(logits)
 
 
-def row_gradients(
-    model: LanguageModel, rows: Sequence[Encoded], *, seed: int = 0, draws: int = 1
-) -> dict[str, Tensor]:
+def row_gradients(model: LanguageModel, rows: Sequence[Encoded], *, seed: int = 0, draws: int = 1) -> dict[str, Tensor]:
     """[rows * draws, out, in] by linear map: the gradient of each row's -log p(labels), labels as the library draws."""
     modules = {name: part for name, part in model.network.named_modules() if isinstance(part, nn.Linear | Conv1D)}
     found: dict[str, list[Tensor]] = {name: [] for name in modules}

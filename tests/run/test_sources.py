@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.quiz import FORGET, RETAIN, quiz, text, write_wmdp
 
 from palimpsest.data.readers import read_records, write_records
-from palimpsest.data.records import QA, Passage
+from palimpsest.data.records import QA, Choice, Passage
 from palimpsest.errors import DataError
 from palimpsest.run import sources
 from palimpsest.run.sources import open_source, request_from_files
@@ -22,7 +23,7 @@ def spec(data: dict[str, Any], seed: int = 0) -> Spec:
     return make_spec({"seed": seed, "data": data, "model": {"kind": "train"}, "methods": ["npo"]})
 
 
-def tofu(path: object, **settings: int) -> Spec:
+def tofu(path: object, **settings: Any) -> Spec:
     return spec({"kind": "tofu", "path": str(path), **settings})
 
 
@@ -148,6 +149,112 @@ def test_a_tofu_folder_with_passages_is_refused(tmp_path: Path) -> None:
         (tmp_path / f"{name}.json").write_text(json.dumps([{"text": "Once."}] * 20))
     with pytest.raises(DataError, match="is a Passage; expected questions with answers here"):
         open_source(tofu(tmp_path))
+
+
+@needs_tofu
+@pytest.mark.parametrize(("split", "retain", "n"), [("forget01", "retain99", 40), ("forget05", "retain95", 200)])
+def test_a_split_is_tofus_own_files_and_sets(split: str, retain: str, n: int) -> None:
+    source = open_source(tofu(TOFU, split=split))
+    request, own = source.request, source.tofu
+    assert own is not None and (len(own.retain), len(own.real_authors), len(own.world_facts)) == (400, 100, 117)
+    assert [row.question for row in request.forget] == [row.question for row in read_records(TOFU / f"{split}.json")]  # type: ignore[union-attr]
+    kept = {row.question for row in request.all_retain if isinstance(row, QA)}
+    assert len(request.forget) == n and kept == {row.question for row in read_records(TOFU / f"{retain}.json")}  # type: ignore[union-attr]
+    assert len({row.subject for row in request.forget}) == n // 20 and {row.question for row in own.retain} <= kept
+    # An author has one name, whether it is kept or asked about.
+    names = {(row.question, row.answer): row.subject for row in request.all_retain if isinstance(row, QA)}
+    assert all(names[row.question, row.answer] == row.subject for row in own.retain)
+    assert all(row.wrong and row.paraphrased_answer for row in (*request.forget, *own.retain))
+
+
+def test_a_split_without_tofus_files_for_its_metrics_is_one_sentence(tmp_path: Path) -> None:
+    write_records(qa("forget", 20), tmp_path / "rows.jsonl")
+    for name in ("forget10_perturbed", "retain90"):
+        (tmp_path / f"{name}.json").write_text((tmp_path / "rows.jsonl").read_text())
+    with pytest.raises(DataError, match=r"retain_perturbed\.json: there is no such file"):
+        open_source(tofu(tmp_path, split="forget10"))
+
+
+# WMDP.
+
+
+@pytest.fixture
+def wmdp(tmp_path: Path) -> dict[str, str]:
+    return write_wmdp(tmp_path)
+
+
+def test_wmdp_is_passages_to_forget_and_keep_with_questions_about_them(wmdp: dict[str, str]) -> None:
+    source = open_source(spec({"kind": "wmdp", "subject": "biology", **wmdp}))
+    request = source.request
+    texts = [text(row) for row in quiz(FORGET)]
+    assert [row.text for row in request.forget if isinstance(row, Passage)] == texts
+    assert {row.text for row in request.all_retain if isinstance(row, Passage)} == {text(row) for row in quiz(RETAIN)}
+    assert [len(part) for part in (request.retain, request.retain_held_out, request.retain_unseen)] == [7, 3, 4]
+    asked = quiz(FORGET)[0]
+    first = Choice(asked["question"], tuple(asked["choices"]), asked["answer"], "biology", "questions-00001")
+    assert request.choices[0] == first and len(request.choices) == 12
+    assert len(request.utility) == 14 and {row.subject for row in request.utility} == {"biology"}
+    assert source.corpus.forget == request.forget and set(source.corpus.retain) == set(request.all_retain)
+    assert source.tofu is None
+
+
+def test_a_rows_own_subject_goes_before_the_benchmarks(wmdp: dict[str, str]) -> None:
+    named = open_source(spec({"kind": "wmdp", "subject": "chemistry", **wmdp, "questions": wmdp["utility"]})).request
+    assert {row.subject for row in named.choices} == {"biology"}
+    assert not open_source(spec({"kind": "wmdp", "subject": "x", **wmdp, "utility": None})).request.utility
+
+
+def test_long_texts_are_cut_and_stay_on_one_side_of_the_split(wmdp: dict[str, str]) -> None:
+    data = {"kind": "wmdp", "subject": "biology", **wmdp}
+    request = open_source(spec(data | {"passage_words": 10})).request
+    words = {len(row.text.split()) for row in (*request.forget, *request.all_retain) if isinstance(row, Passage)}
+    assert max(words) <= 10 and max(words) - min(words) <= 1
+    assert len(request.forget) == 3 * 12
+    parts = [{row.subject for row in rows} for rows in (request.retain, request.retain_held_out, request.retain_unseen)]
+    assert sum(map(len, parts)) == len(set().union(*parts)) == 14
+    few = open_source(spec(data | {"passage_words": 10, "max_passages": 14})).request
+    assert [row.id for row in few.forget][-3:] == ["forget-00012/1", "forget-00001/2", "forget-00002/2"]
+    assert len(few.all_retain) == 14
+
+
+def test_questions_are_drawn_by_the_seed(wmdp: dict[str, str]) -> None:
+    data = {"kind": "wmdp", "subject": "biology", **wmdp, "max_questions": 5}
+    drawn = [open_source(spec(data, seed=seed)).request for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] and drawn[0].choices != drawn[2].choices
+    for request in drawn:
+        assert [len(request.choices), len(request.utility)] == [5, 5]
+        assert [row.id for row in request.choices] == sorted(row.id for row in request.choices)
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "says"),
+    [
+        ("forget", "questions", "is a Choice; expected passages of text here"),
+        ("questions", "retain", "is a Passage; expected multiple-choice questions here"),
+        ("utility", "forget", "is a Passage; expected multiple-choice questions here"),
+        ("retain", "forget", "hold the same 12 rows"),
+    ],
+)
+def test_a_file_in_the_wrong_place_is_named(key: str, given: str, says: str, wmdp: dict[str, str]) -> None:
+    with pytest.raises(DataError, match=says) as error:
+        open_source(spec({"kind": "wmdp", "subject": "biology", **wmdp, key: wmdp[given]}))
+    assert "\n" not in str(error.value)
+
+
+def test_hub_ids_are_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def from_hub(name: object) -> list[Any]:
+        asked.append(name)
+        if "corpora" in str(name):
+            return [Passage(f"{name} {n}", id=f"{name}-{n}") for n in range(6)]
+        return [Choice("q", ("a", "b"), 0, id="c")]
+
+    monkeypatch.setattr(sources, "read_records", from_hub)
+    hub = {"forget": "x/corpora:forget", "retain": "x/corpora:retain", "questions": "x/wmdp:wmdp-bio/test"}
+    request = open_source(spec({"kind": "wmdp", "subject": "biology", **hub})).request
+    assert asked == list(hub.values())
+    assert request.choices == (Choice("q", ("a", "b"), 0, "biology", "c"),)
 
 
 # The user's files.

@@ -12,6 +12,7 @@ from palimpsest.cli.run import DEMO
 from palimpsest.errors import SpecError
 from palimpsest.models.organism import Architecture, Recipe
 from palimpsest.models.training import TrainingSettings
+from palimpsest.run.data import TofuSource
 from palimpsest.run.spec import Spec, TrainedModel, check_template, make_method, make_spec, read_spec
 from palimpsest.unlearn.methods import METHODS
 from palimpsest.unlearn.npo import NPO
@@ -19,7 +20,9 @@ from palimpsest.unlearn.random_labels import RandomLabels
 from palimpsest.unlearn.stopping import Stop
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.yaml"))
+WMDP = {"kind": "wmdp", "forget": "a", "retain": "b", "questions": "c", "subject": "biology"}
 LEAST: dict[str, Any] = {"data": {"kind": "facts"}, "model": {"kind": "train"}, "methods": ["npo"]}
+WITH_A_RATE = sorted(name for name, method in METHODS.items() if "learning_rate" in method.setting_names())
 
 
 def again(spec: Spec) -> Spec:
@@ -77,6 +80,19 @@ def test_stop_levels() -> None:
         assert stop.stop(gold).forget_probability == level
 
 
+def test_a_split_of_tofu_says_how_many_authors_there_are() -> None:
+    for split, forgotten in (("forget01", 2), ("forget05", 10), ("forget10", 20)):
+        data = make_spec(LEAST | {"data": {"kind": "tofu", "path": "x", "split": split}}).data
+        assert isinstance(data, TofuSource) and (data.authors, data.forget_authors) == (200, forgotten)
+    some = make_spec(LEAST | {"data": {"kind": "tofu", "path": "x"}}).data
+    assert isinstance(some, TofuSource) and (some.split, some.authors, some.forget_authors) == (None, 40, 4)
+
+
+def test_an_accuracy_to_stop_at_reaches_the_methods() -> None:
+    stop = make_spec(LEAST | {"data": WMDP, "stop": {"forget_accuracy": 0.3}}).stop
+    assert stop.stop(0.2) == Stop(200, 0.2, None, 5, 0.3)
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_the_examples_parse(path: Path) -> None:
     spec = read_spec(path)
@@ -101,6 +117,8 @@ def test_a_resolved_specification_makes_the_same_run_again() -> None:
             "model": {"kind": "load", "path": "m", "gold": "g"},
             "methods": ["npo"],
         },
+        LEAST | {"data": WMDP, "stop": {"forget_accuracy": 0.3, "forget_probability": None}},
+        LEAST | {"data": {"kind": "tofu", "path": "x", "split": "forget01"}},
         {"data": {"kind": "files", "forget": "a", "retain": "b"}, "model": {"kind": "train"}, "methods": ["npo"]},
     ]
     for settings_ in specs:
@@ -117,7 +135,7 @@ def test_a_resolved_specification_makes_the_same_run_again() -> None:
     pack=st.none() | st.integers(2, 99),
     epochs=st.floats(0.1, 50),
     level=st.none() | st.just("gold") | st.floats(0.001, 0.999),
-    names=st.lists(st.sampled_from(sorted(METHODS)), min_size=1, unique=True),
+    names=st.lists(st.sampled_from(WITH_A_RATE), min_size=1, unique=True),
     rate=st.floats(1e-8, 10),
     title=st.text(max_size=20),
 )
@@ -173,6 +191,16 @@ def change(path: str, value: Any) -> dict[str, Any]:
         ("data", "facts", "data: expected a mapping of keys to values, not 'facts'"),
         ("model.training", 3, "model.training: expected a mapping of keys to values, not 3"),
         ("data.people", "many", "data.people: input should be a valid integer, not 'many'"),
+        ("data", {"kind": "wmdp", "forget": "a", "retain": "b", "subject": "x"}, "key 'data.questions' is missing"),
+        ("data", {"kind": "wmdp", "retian": "b"}, "key 'data.forget' is missing"),
+        ("data", WMDP | {"max_pasages": 9}, "unknown key 'data.max_pasages'; did you mean 'max_passages'?"),
+        ("data", WMDP | {"max_passages": 2}, "data.max_passages: input should be greater than or equal to 3, not 2"),
+        ("data", {"kind": "tofu", "path": "x", "split": "forget1"}, "data.split: unknown 'forget1'; did you mean"),
+        (
+            "data",
+            {"kind": "tofu", "path": "x", "split": "forget05", "forget_authors": 4},
+            "data: split forget05 has forget_authors 10, not 4; leave forget_authors out",
+        ),
         ("data.people", 2, "data.people: input should be greater than or equal to 4, not 2"),
         ("data.forget_people", 130, "facts: forget_people is 130, but there are 120 people"),
         ("seed", "x", "seed: input should be a valid integer, not 'x'"),
@@ -185,12 +213,14 @@ def change(path: str, value: Any) -> dict[str, Any]:
         ("stop.forget_probability", "golden", "between 0 and 1, gold or null, not 'golden'"),
         ("stop.forget_probability", 1.5, "between 0 and 1, gold or null, not 1.5"),
         ("stop.forget_probability", [1], "between 0 and 1, gold or null, not [1]"),
+        ("stop.forget_accuracy", 1.5, "stop.forget_accuracy: input should be less than 1, not 1.5"),
+        ("stop.forget_accuracy", 0.3, "stop.forget_accuracy: data of kind facts has no multiple-choice questions"),
         ("stop.steps", 0, "stop.steps: input should be greater than or equal to 1, not 0"),
         # Methods.
         ("methods", [], "methods: expected at least 1 in the list"),
         ("methods", "npo", "methods: expected a list, not 'npo'"),
         ("methods", ["npo", "npoo"], "methods.1: unknown method 'npoo'; did you mean 'npo'?"),
-        ("methods", ["zzz"], "methods.0: unknown method 'zzz'; known are grad_ascent, grad_diff, npo"),
+        ("methods", ["zzz"], "methods.0: unknown method 'zzz'; known are grad_ascent, grad_diff, "),
         ("methods", [{"beta": 1}], "methods.0: expected a method's name, or a mapping with its name and settings"),
         ("methods", [3], "methods.0: expected a method's name, or a mapping with its name and settings, not 3"),
         ("methods", [{"name": ["npo"]}], "methods.0: expected a method's name"),

@@ -72,7 +72,7 @@ def _forget_runs():
 
 
 def find(trials, seed=0, *, space=SPACE, stop=STOP, folder=None):
-    return search(Fake, space, MODEL, REQUEST, stop, trials, seed, folder=folder)
+    return search(Fake(), space, MODEL, REQUEST, stop, trials, seed, folder=folder)
 
 
 def without_seconds(trials):
@@ -112,7 +112,7 @@ def test_where_no_trial_reaches_the_level_the_nearest_is_shown_and_said_to_fall_
 def test_where_every_run_breaks_off_there_is_nothing_to_give_back():
     with pytest.raises(TrainingError, match=r"^fake: no trial of 3 came to an end.*the loss is nan$") as error:
         # The default is the first trial, so it must break off too.
-        search(Breaking, {"strength": Between(9, 10)}, MODEL, REQUEST, STOP, 3, 0)
+        search(Breaking(), {"strength": Between(9, 10)}, MODEL, REQUEST, STOP, 3, 0)
     assert "\n" not in str(error.value)
 
 
@@ -324,7 +324,7 @@ def test_every_method_that_descends_has_a_space_that_holds_its_own_settings():
     descending = {name: method for name, method in METHODS.items() if issubclass(method, Descent)}
     assert set(SPACES) == set(descending)
     for name, method in descending.items():
-        searching._refuse_unless_searchable(method, SPACES[name], STOP, 1)
+        searching._refuse_unless_searchable(method(), SPACES[name], STOP, 1)
         assert "learning_rate" in SPACES[name]
 
 
@@ -355,7 +355,7 @@ def test_a_real_search_meets_the_level_and_never_reads_the_unseen_rows(organism)
     recording = Recording(organism.full.tokenizer)
     spied = LanguageModel(organism.full.network, recording, organism.full.anatomy)
     space = {"learning_rate": Between(3e-4, 2e-3), "retain_weight": Between(0.3, 10), "batch_size": (8, 16)}
-    found = search(NPO, space, spied, request, Stop(60, 0.6), 3, 0)
+    found = search(NPO(), space, spied, request, Stop(60, 0.6), 3, 0)
     read = "\n".join(recording.texts)
     assert not any(f"Question: {row.question}\n" in read for row in request.retain_unseen)
     assert all(f"Question: {row.question}\n" in read for row in request.retain_held_out)

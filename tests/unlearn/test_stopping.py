@@ -2,19 +2,21 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from palimpsest.data.records import Passage
 from palimpsest.errors import SpecError
 from palimpsest.metrics.divergence import kl_per_item
 from palimpsest.metrics.likelihood import answer_probability
 from palimpsest.unlearn.descent import FARTHEST, _Run
 from palimpsest.unlearn.gradient_ascent import GradientAscent
-from palimpsest.unlearn.random_labels import RandomLabels
-from palimpsest.unlearn.stopping import Stop
+from palimpsest.unlearn.random_labels import RandomLabels, relabelled
+from palimpsest.unlearn.stopping import Measurement, Stop
 
 ASCENT = GradientAscent(learning_rate=1e-3)
 STRETCH = 16
@@ -180,3 +182,55 @@ def test_an_interrupted_run_remembers_that_its_rate_was_halved(trained, tmp_path
     again = method.run(trained.full, trained.request, stop, folder=tmp_path / "run")
     assert again.provenance["last_rate"] == whole.provenance["last_rate"]
     assert all(torch.equal(change, again.delta[name]) for name, change in whole.delta.items())
+
+
+# Accuracy on multiple-choice questions.
+
+
+def at(probability, accuracy, kl=0.0):
+    return Measurement(0, probability, kl, accuracy)
+
+
+def test_an_accuracy_that_is_reached_is_the_reason():
+    stop = Stop(forget_accuracy=0.3)
+    assert stop.reason(at(0.9, 0.31)) == ""
+    for reached in (0.3, 0.1):
+        why = "accuracy on the forget set's multiple-choice questions was down to 0.300"
+        assert stop.reason(at(0.9, reached)) == why
+    both = Stop(forget_probability=0.5, retain_kl=1.0, forget_accuracy=0.3)
+    assert both.reason(at(0.4, 0.2)).startswith("the forget set was down")
+    assert both.reason(at(0.6, 0.2)).startswith("accuracy")
+    assert both.reason(at(0.6, 0.2, kl=1.0)).startswith("the budget")
+
+
+def test_the_way_is_that_of_the_level_of_which_most_was_covered():
+    start, before, now = at(0.9, 1.0), at(0.8, 0.9), at(0.7, 0.6)
+    probability, accuracy = Stop(forget_probability=0.5), Stop(forget_accuracy=0.2)
+    assert Stop().share_of_the_way(start, before, now, 0.1) == 0
+    assert probability.share_of_the_way(start, before, now, 0.1) == pytest.approx(0.1 / 0.4)
+    assert accuracy.share_of_the_way(start, before, now, 0.0) == pytest.approx(0.3 / 0.8)
+    assert accuracy.share_of_the_way(start, before, now, 0.1) == pytest.approx(0.2 / 0.8)  # but for what is noise
+    both = Stop(forget_probability=0.5, forget_accuracy=0.2)
+    assert both.share_of_the_way(start, before, now, 0.1) == pytest.approx(0.25)
+    assert both.share_of_the_way(start, now, before, 0.1) == 0
+
+
+def test_an_accuracy_without_questions_is_refused_before_any_step(trained, monkeypatch):
+    monkeypatch.setattr(_Run, "_step", lambda _: pytest.fail("a step was taken"))
+    with pytest.raises(SpecError, match="forget_accuracy needs multiple-choice questions, but the request has none"):
+        ASCENT.run(trained.full, trained.request, Stop(20, forget_accuracy=0.3))
+
+
+def test_random_labels_refuse_a_passage_before_any_step(trained, monkeypatch):
+    monkeypatch.setattr(_Run, "_step", lambda _: pytest.fail("a step was taken"))
+    texts = (*trained.request.forget, Passage("Anna is a baker.", id="p7"))
+    with pytest.raises(SpecError, match="forget row 'p7' is a passage, which has no answer to replace"):
+        RandomLabels().run(trained.full, replace(trained.request, forget=texts), Stop(3))
+
+
+def test_random_labels_draw_answers_from_questions_alone(trained):
+    request = replace(trained.request, retain=(Passage("Anna is a baker."),))
+    plain = [replace(row, wrong=()) for row in trained.request.forget[:6]]
+    request = replace(request, forget=tuple(plain))
+    drawn = {relabelled(request, row, epoch, 0).answer for row in range(6) for epoch in range(20)}
+    assert drawn == {row.answer for row in plain}

@@ -216,7 +216,9 @@ def _path(update: Update | None) -> dict[str, Any]:
 
 
 def _slowed(made: Mapping[str, Any]) -> str:
-    begun, last = made["method"]["learning_rate"], made.get("last_rate", made["method"]["learning_rate"])
+    if "last_rate" not in made:  # not every method has a learning rate, and not every run came to its first step
+        return ""
+    begun, last = made["method"]["learning_rate"], made["last_rate"]
     return f"; it went too fast at a learning rate of {begun:g}, which came down to {last:.2g}" if last < begun else ""
 
 

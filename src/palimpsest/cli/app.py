@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from palimpsest.cli import audit, doctor, metrics, report, run, train, unlearn, update, verify
+from palimpsest.cli import audit, doctor, metrics, report, run, studies, train, unlearn, update, verify
 from palimpsest.cli.output import fail
 from palimpsest.errors import PalimpsestError
 
@@ -33,6 +33,7 @@ app.command("audit")(audit.audit)
 app.command("verify")(verify.verify)
 app.command("report")(report.report)
 app.add_typer(metrics.app, name="metrics")
+app.add_typer(studies.app, name="studies")
 app.command("doctor")(doctor.doctor)
 
 

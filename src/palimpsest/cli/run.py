@@ -19,11 +19,13 @@ DEMO: dict[str, Any] = {
         "kind": "train",
         "training": {"learning_rate": 5e-3, "muon_learning_rate": 0.02, "precision": "auto"},
     },
-    "methods": [{"name": name, "batch_size": 32} for name in ("grad_ascent", "grad_diff", "npo", "random_labels")],
+    "methods": [
+        {"name": name, "batch_size": 32} for name in ("kfade", "grad_ascent", "grad_diff", "npo", "random_labels")
+    ],
     "stop": {"steps": 400},
     "max_new_tokens": 8,
 }
-"""Invented people and worlds, a Llama of 1.2 million parameters, its gold, and the first four methods."""
+"""Invented people and worlds, a Llama of 1.2 million parameters, its gold, K-FADE and four first-order methods."""
 
 
 def run(
@@ -45,7 +47,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Another seed makes other people, models and batches.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """See a language model forget: train one on invented facts, unlearn some by four methods, and open the report."""
+    """See a language model forget: train one on invented facts, unlearn some by five methods, and open the report."""
     with console.status("getting ready"):
         from palimpsest.run.spec import make_spec
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from palimpsest.cli.output import Json, print_json
-from palimpsest.errors import StorageError
+from palimpsest.errors import SpecError, StorageError
 from palimpsest.progress import console
 
 Forget = Annotated[Path, typer.Option(help="Questions and answers to forget (JSONL, JSON, CSV, Parquet).")]
@@ -21,9 +21,14 @@ def unlearn(
     forget: Forget,
     retain: Retain,
     out: Annotated[Path, typer.Option(help="The folder for the update.")],
-    method: Annotated[str, typer.Option(help="grad_ascent, grad_diff, npo or random_labels.")] = "npo",
+    method: Annotated[
+        str, typer.Option(help="kfade, kfade_paper, grad_ascent, grad_diff, npo, simnpo, random_labels or rmu.")
+    ] = "kfade",
     set_: Annotated[list[str], typer.Option("--set", help="A setting of the method, e.g. --set beta=0.2.")] = [],  # noqa: B006
     gold: Annotated[str | None, typer.Option(help="A model that never saw the forget set: stop at its level.")] = None,
+    forget_probability: Annotated[
+        float | None, typer.Option(help="Without a gold: stop at this mean answer probability on the forget set.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="At most so many steps.")] = 200,
     retain_kl: Annotated[float | None, typer.Option(help="Budget: KL on held-out retain rows, nats/token.")] = None,
     save_model: Annotated[Path | None, typer.Option(help="Also write the changed model to this folder.")] = None,
@@ -47,10 +52,12 @@ def unlearn(
         require_place(save_model, "palimpsest.json")
         if save_model.resolve() == Path(model).resolve():
             raise StorageError(f"{save_model}: is the model to start from, which would be lost; choose another folder")
+    if gold and forget_probability is not None:
+        raise SpecError("--gold and --forget-probability both say where to stop; give one of them")
     chosen = make_method(method, set_, seed)
     request = request_from_files(forget, retain, format=format, template=check_template(template), seed=seed)
     original = load(model, check=not no_check)
-    level = forget_level(load(gold, check=False), request) if gold else None
+    level = forget_level(load(gold, check=False), request) if gold else forget_probability
     stop = Stop(steps, level, retain_kl)
     update = make_update(chosen, original, request, stop, out)
     if save_model:

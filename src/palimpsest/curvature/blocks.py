@@ -1,8 +1,8 @@
 """The curvature of one matrix in its eigenbasis, and the solve with it.
 
-A block is Q diag(L) Q' with Q = Q_out (x) Q_in and one eigenvalue for each entry of the matrix: L = l_out l_in' for K-FAC,
-the measured second moment of the rotated gradient for EK-FAC (George et al. 2018, arXiv 1806.03884). The diagonal
-approximation is the same without the rotation. Shapes: m = out, d = in (the bias's column counted).
+A block is Q diag(L) Q' with Q = Q_out (x) Q_in and one eigenvalue for each entry of the matrix: L = l_out l_in' for
+K-FAC, the measured second moment of the rotated gradient for EK-FAC (George et al. 2018, arXiv 1806.03884). The
+diagonal approximation is the same without the rotation. Shapes: m = out, d = in (the bias's column counted).
 """
 
 from dataclasses import dataclass
@@ -40,6 +40,14 @@ class Block:
             return (left.double().sum() * right.double().sum()).item()
         return self.eigenvalues.double().sum().item()
 
+    def to(self, device: torch.device) -> "Block":
+        """The same block on another device; nothing is copied where it is there already."""
+        q_out, q_in = (part if part is None else part.to(device) for part in (self.q_out, self.q_in))
+        if isinstance(self.eigenvalues, tuple):
+            left, right = self.eigenvalues
+            return Block(q_out, q_in, (left.to(device), right.to(device)))
+        return Block(q_out, q_in, self.eigenvalues.to(device))
+
     def rotate(self, matrix: Tensor) -> Tensor:
         """Q_out' W Q_in."""
         rotated = matrix if self.q_out is None else self.q_out.T @ matrix
@@ -52,7 +60,8 @@ class Block:
 
     def solve(self, matrix: Tensor, damping: float) -> Tensor:
         """(block + damping I)^-1 applied to W [m, d]: exact damping, not one of each factor."""
-        return self.unrotate(self.rotate(matrix) / (self.spectrum + damping))
+        here = self.to(matrix.device)
+        return here.unrotate(here.rotate(matrix) / (here.spectrum + damping))
 
     def apply(self, matrix: Tensor) -> Tensor:
         """The block applied to W [m, d]."""
@@ -73,7 +82,7 @@ def eigen(factor: Tensor, name: str) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(factor)
         residual = torch.linalg.matrix_norm(factor @ vectors - vectors * values)
         good = bool(residual <= RESIDUAL * torch.linalg.matrix_norm(factor))
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         good = False
     if not good:
         values, vectors = (part.to(factor.dtype) for part in torch.linalg.eigh(factor.double()))

@@ -1,25 +1,29 @@
 """The curvature of the retain set's KL as one object: fit it, solve with it, keep it."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal, get_args
+from pathlib import Path
+from typing import get_args
 
 import torch
+from rich.progress import Progress
 from torch import Tensor
 
 from palimpsest.curvature.blocks import Block, eigen
+from palimpsest.curvature.cache import BlockCache
 from palimpsest.curvature.factors import Factors, collect_factors
 from palimpsest.curvature.modules import Matrix, matrices, shared_inputs
 from palimpsest.curvature.moments import collect_moments
+from palimpsest.curvature.plan import Kind, free_memory, memory_plan
+from palimpsest.curvature.summary import BlockSummary, summarise, too_few_tokens
 from palimpsest.curvature.workers import Workers
 from palimpsest.data.batches import Encoded, encode
 from palimpsest.data.prompts import Template
 from palimpsest.data.records import QA, Record
 from palimpsest.errors import SpecError
 from palimpsest.models.language_model import LanguageModel
-from palimpsest.progress import Ticker, progress
-
-Kind = Literal["kfac", "ekfac", "diagonal"]
+from palimpsest.progress import Ticker, console, progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +41,7 @@ class RetainCurvature:
     """By the matrix's name."""
     n_targets: int
     n_carrying: int
+    """Positions whose activations it was measured at."""
 
     @staticmethod
     def fit(
@@ -49,31 +54,77 @@ class RetainCurvature:
         seed: int = 0,
         draws: int = 1,
         batch_size: int = 32,
+        folder: str | Path | None = None,
+        memory: int | None = None,
+        display: Progress | None = None,
         quiet: bool = False,
     ) -> "RetainCurvature":
-        """Measure it at the model's present weights: one pass over the texts, and a second one for `ekfac`."""
+        """Measure it at the model's present weights: one pass over the texts, and a second one for `ekfac`.
+
+        Under `torchrun` or `accelerate launch` every process takes its share of the texts, and all get the same result.
+
+        Args:
+            model: whose curvature it is.
+            texts: what it is measured on: many more tokens than its widest matrix has inputs.
+            modules: patterns of the names of the linear maps inside the blocks, e.g. `*.mlp.*`.
+            kind: `kfac`, `ekfac` or `diagonal`.
+            template: how questions are put, for texts that are questions.
+            seed: of the labels that are sampled.
+            draws: labels sampled at every target.
+            batch_size: rows at a time; it never changes what is computed.
+            folder: keeps what is measured; what is there already for the same model, texts and seed is not measured
+                again, and a fit that was stopped goes on at its next group of matrices.
+            memory: bytes that it may take at a time; by default most of what is free on the model's device. Matrices
+                that do not fit in it together are measured in groups, one pass each, and wait in the host's memory.
+            display: an open progress display to be shown on.
+            quiet: show nothing.
+
+        Raises:
+            SpecError: a kind that is unknown.
+            ModelError: a pattern that matches nothing, or a matrix too large for the memory.
+            TrainingError: an activation or gradient that is not finite.
+            StorageError: a file in the folder is damaged, or cannot be written.
+        """
         if kind not in get_args(Kind):
             raise SpecError(f"curvature {kind!r} is unknown; choose {', '.join(get_args(Kind))}")
-        encoded = _encoded(texts, model, template)
-        chosen = matrices(model, modules)
-        how = {"seed": seed, "draws": draws, "batch_size": batch_size, "workers": Workers.here()}
-        n_tokens = sum(len(row.ids) for row in encoded)
-        passes = 2 if kind == "ekfac" else 1
-        with progress(quiet) as display:
-            ticker = Ticker(display, f"{kind} curvature", n_tokens * passes, "tokens")
-            if kind == "diagonal":
-                plain = {matrix.name: Block(None, None, torch.empty(0)) for matrix in chosen}
-                moments = collect_moments(model, encoded, chosen, plain, **how, ticker=ticker)
-                blocks = {name: Block(None, None, moment) for name, moment in moments.items()}
-                n_targets = sum(row.n_targets for row in encoded)
-                return RetainCurvature(kind, chosen, blocks, n_targets, 0)
-            owners = shared_inputs(model, chosen)
-            factors = collect_factors(model, encoded, chosen, owners, **how, ticker=ticker)
-            blocks = kfac_blocks(factors, owners)
-            if kind == "ekfac":
-                moments = collect_moments(model, encoded, chosen, blocks, **how, ticker=ticker)
-                blocks = {name: Block(b.q_out, b.q_in, moments[name]) for name, b in blocks.items()}
-        return RetainCurvature(kind, chosen, blocks, factors.n_targets, factors.n_carrying)
+        encoded, chosen, workers = _encoded(texts, model, template), matrices(model, modules), Workers.here()
+        owners = shared_inputs(model, chosen)
+        dtype = torch.promote_types(model.network.dtype, torch.float32)
+        plan = memory_plan(chosen, owners, kind, dtype.itemsize, memory or free_memory(model.device))
+        how = {"kind": kind, "seed": seed, "draws": draws, "type": str(dtype)}
+        cache = BlockCache(folder, model, encoded, how) if folder else None
+        missing = [group for group in plan.groups if not workers.all(cache is not None and cache.has(group))]
+        if missing and not (quiet or display):
+            console.print(str(plan), highlight=False)
+        home = model.device if len(plan.groups) == 1 else torch.device("cpu")
+        blocks: dict[str, Block] = {}
+        with nullcontext(display) if display else progress(quiet) as shown:
+            n_tokens = sum(len(row.ids) for row in encoded) * (2 if kind == "ekfac" else 1)
+            ticker = Ticker(shown, f"{kind} curvature", n_tokens * len(missing) // workers.count, "tokens")
+            for group in plan.groups:
+                if cache and group not in missing:
+                    blocks |= cache.load(group, home)
+                    continue
+                measured = _measure(model, encoded, group, owners, kind, seed, draws, batch_size, workers, ticker)
+                if cache and workers.rank == 0:
+                    cache.save(group, measured)
+                blocks |= {name: block.to(home) for name, block in measured.items()}
+            if display:
+                ticker.remove()
+        n_targets, n_carrying = sum(row.n_targets for row in encoded), sum(row.stop - 1 for row in encoded)
+        found = RetainCurvature(kind, chosen, blocks, n_targets, n_carrying)
+        if found.warning and not (quiet or display):
+            console.print(f"warning: {found.warning}", style="yellow", highlight=False)
+        return found
+
+    @property
+    def warning(self) -> str:
+        """One line when it was measured at too few tokens; empty otherwise."""
+        return too_few_tokens(self.matrices, self.n_carrying)
+
+    def summary(self) -> list[BlockSummary]:
+        """Rank and condition of every block."""
+        return summarise(self.matrices, self.blocks, self.mean_eigenvalue)
 
     @property
     def mean_eigenvalue(self) -> float:
@@ -91,12 +142,53 @@ class RetainCurvature:
         return solved
 
 
+def _measure(
+    model: LanguageModel,
+    encoded: Sequence[Encoded],
+    group: Sequence[Matrix],
+    owners: Mapping[str, str],
+    kind: Kind,
+    seed: int,
+    draws: int,
+    batch_size: int,
+    workers: Workers,
+    ticker: Ticker,
+) -> dict[str, Block]:
+    """The blocks of one group of matrices."""
+    if kind == "diagonal":
+        basis = {matrix.name: Block(None, None, torch.empty(0)) for matrix in group}
+    else:
+        basis = kfac_blocks(
+            collect_factors(
+                model,
+                encoded,
+                group,
+                owners,
+                seed=seed,
+                draws=draws,
+                batch_size=batch_size,
+                workers=workers,
+                ticker=ticker,
+            ),
+            owners,
+        )
+    if kind == "kfac":
+        return basis
+    moments = collect_moments(
+        model, encoded, group, basis, seed=seed, draws=draws, batch_size=batch_size, workers=workers, ticker=ticker
+    )
+    return {name: Block(block.q_out, block.q_in, moments[name]) for name, block in basis.items()}
+
+
 def kfac_blocks(factors: Factors, owners: Mapping[str, str]) -> dict[str, Block]:
-    """Each matrix's eigenbasis and eigenvalues; matrices that read the same inputs share theirs."""
-    read = {name: eigen(factor, name) for name, factor in factors.inputs.items()}
+    """Each matrix's eigenbasis and eigenvalues; matrices that read the same inputs share theirs.
+
+    The factors are used up: each is let go of before the next is decomposed.
+    """
+    read = {name: eigen(factors.inputs.pop(name), name) for name in list(factors.inputs)}
     blocks = {}
-    for name, factor in factors.outputs.items():
-        (out_values, q_out), (in_values, q_in) = eigen(factor, name), read[owners[name]]
+    for name in list(factors.outputs):
+        (out_values, q_out), (in_values, q_in) = eigen(factors.outputs.pop(name), name), read[owners[name]]
         blocks[name] = Block(q_out, q_in, (out_values, in_values))
     return blocks
 

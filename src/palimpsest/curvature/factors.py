@@ -9,8 +9,9 @@ Grosse 2015, arXiv 1503.05671; with a sequence dimension, K-FAC-expand of Eschen
 so that S (x) A is the Gauss-Newton matrix of the mean KL per target, in nats.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -36,17 +37,13 @@ class Factors:
     """A by the first matrix that reads those inputs (`shared_inputs`)."""
     outputs: dict[str, Tensor]
     """S by matrix."""
-    n_carrying: int
-    """C, over all rows."""
-    n_targets: int
-    """M, over all rows."""
 
 
 def collect_factors(
     model: LanguageModel,
     encoded: Sequence[Encoded],
     chosen: Sequence[Matrix],
-    owners: dict[str, str],
+    owners: Mapping[str, str],
     *,
     seed: int,
     draws: int,
@@ -66,17 +63,13 @@ def collect_factors(
         for matrix in chosen
         if owners[matrix.name] == matrix.name
     }
-    counts = torch.zeros(2, dtype=torch.long)
     draw = 0
 
     def see(matrix: Matrix, activations: Tensor, gradients: Tensor) -> None:
         add_gram(outputs[matrix.name], gradients)
         if draw == 0 and matrix.name in inputs:
             add_gram(inputs[matrix.name], with_ones(activations) if matrix.has_bias else activations)
-            if matrix is first:
-                counts[0] += len(activations)
 
-    first = chosen[0]
     with tapped(model, chosen, see) as forward:
         for batch in workers.batches(encoded, batch_size):
             batch = batch.to(device)
@@ -84,16 +77,13 @@ def collect_factors(
             for draw in range(draws):
                 gradient = sampled_label_gradient(logits, uniforms(batch, seed, draw))
                 logits.backward(gradient, retain_graph=draw + 1 < draws)
-            counts[1] += len(logits)
             ticker.advance(int(batch.attention.sum()))
-    workers.add([counts, *inputs.values(), *outputs.values()])
-    n_carrying, n_targets = counts.tolist()
-    return Factors(
-        {name: _symmetric(total.div_(n_carrying), name) for name, total in inputs.items()},
-        {name: _symmetric(total.div_(n_targets * draws), name) for name, total in outputs.items()},
-        n_carrying,
-        n_targets,
-    )
+    workers.add([*inputs.values(), *outputs.values()])
+    n_targets, n_carrying = sum(row.n_targets for row in encoded), sum(row.stop - 1 for row in encoded)
+    for totals, count in ((inputs, n_carrying), (outputs, n_targets * draws)):
+        for name, total in totals.items():
+            _finish(total.div_(count), name)
+    return Factors(inputs, outputs)
 
 
 def add_gram(total: Tensor, rows: Tensor) -> None:
@@ -103,7 +93,7 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
         _addmm(total, rows, rows)
         return
     edges = [width * block // BLOCKS for block in range(BLOCKS + 1)]
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         _addmm(total[begin:end, begin:], rows[:, begin:end], rows[:, begin:])
 
 
@@ -121,8 +111,9 @@ def _addmm(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.T.to(total.dtype), right.to(total.dtype))
 
 
-def _symmetric(total: Tensor, name: str) -> Tensor:
+def _finish(total: Tensor, name: str) -> None:
+    """Make the lower part the upper one's mirror image, in place."""
     if not torch.isfinite(total).all():
         raise TrainingError(f"curvature: {name} has an activation or gradient that is not finite; the model is damaged")
-    upper = total.triu()
-    return upper + upper.triu(1).T
+    total.triu_()
+    total += total.triu(1).T

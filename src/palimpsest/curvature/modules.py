@@ -95,11 +95,9 @@ def shared_inputs(model: LanguageModel, chosen: Iterable[Matrix]) -> dict[str, s
     chosen = list(chosen)
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     everywhere = torch.ones_like(ids, dtype=torch.bool)
-    seen: dict[str, tuple[Tensor, bool]] = {}
+    read: dict[str, Tensor] = {}
     handles = [
-        matrix.module.register_forward_pre_hook(
-            lambda _, inputs, matrix=matrix: seen.update({matrix.name: (inputs[0], matrix.has_bias)})
-        )
+        matrix.module.register_forward_pre_hook(lambda _, inputs, matrix=matrix: read.update({matrix.name: inputs[0]}))
         for matrix in chosen
     ]
     try:
@@ -108,11 +106,13 @@ def shared_inputs(model: LanguageModel, chosen: Iterable[Matrix]) -> dict[str, s
     finally:
         for handle in handles:
             handle.remove()
-    # The tensors are all alive here, so that one address is one tensor.
+    # The tensors are all alive here, so that one address is one tensor. First is as `chosen` has it, not as the network
+    # calls it: GPT-J, GPT-Neo and OPT define key before query but call query first.
     first: dict[tuple[int, tuple[int, ...], bool], str] = {}
     owner = {}
-    for name, (tensor, has_bias) in seen.items():
-        owner[name] = first.setdefault((tensor.data_ptr(), tuple(tensor.shape), has_bias), name)
+    for matrix in chosen:
+        tensor = read[matrix.name]
+        owner[matrix.name] = first.setdefault((tensor.data_ptr(), tuple(tensor.shape), matrix.has_bias), matrix.name)
     return owner
 
 

@@ -37,7 +37,6 @@ def collect_moments(
     """[out, in] by matrix, of the same labels as `collect_factors` draws with that seed."""
     device, dtype = model.device, torch.promote_types(model.network.dtype, torch.float32)
     moments = {matrix.name: torch.zeros(matrix.shape, dtype=dtype, device=device) for matrix in chosen}
-    count = torch.zeros(1, dtype=torch.long)
     lengths: list[int] = []
 
     def see(matrix: Matrix, activations: Tensor, gradients: Tensor) -> None:
@@ -57,14 +56,14 @@ def collect_moments(
             for draw in range(draws):
                 gradient = sampled_label_gradient(predictions.logits, uniforms(batch, seed, draw))
                 predictions.logits.backward(gradient, retain_graph=draw + 1 < draws)
-            count += len(predictions.logits)
             ticker.advance(int(batch.attention.sum()))
-    workers.add([count, *moments.values()])
-    return {name: total.div_(count.item() * draws) for name, total in moments.items()}
+    workers.add(moments.values())
+    n_targets = sum(row.n_targets for row in encoded)
+    return {name: total.div_(n_targets * draws) for name, total in moments.items()}
 
 
 def add_squares(total: Tensor, gradients: Tensor, inputs: Tensor, lengths: Sequence[int]) -> None:
-    """Add each row's squared gradient matrix, (sum of g a')^2, to `total` [m, d]; `lengths` positions belong to a row."""
+    """Add each row's squared gradient matrix, (sum of g a')^2, to `total` [m, d]; `lengths` positions are a row's."""
     if len(set(lengths)) == 1:  # rows of one length, as packed text has: several products at once
         stacked_g = gradients.view(len(lengths), lengths[0], -1)
         stacked_a = inputs.view(len(lengths), lengths[0], -1)

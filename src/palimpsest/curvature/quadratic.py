@@ -4,6 +4,7 @@ Block-diagonal curvature underestimates it by about the number of matrices, sinc
 together. Shapes: a direction is one tensor [out, in] for each of its matrices.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -85,7 +86,9 @@ def quadratic_form(
     network.set_attn_implementation("eager")
     try:
         with evaluating(model), torch.inference_mode(False), torch.no_grad(), forward_ad.dual_level():
-            duals = {name: forward_ad.make_dual(value, tangent[name].to(value)) for name, value in primal.items()}
+            with warnings.catch_warnings():  # torch makes its rules on first use, by its deprecated jit.script
+                warnings.simplefilter("ignore", DeprecationWarning)
+                duals = {name: forward_ad.make_dual(value, tangent[name].to(value)) for name, value in primal.items()}
             for batch in batches(encoded, batch_size=batch_size):
                 logits, change = forward_ad.unpack_dual(_logits(model, duals, batch.to(model.device)))
                 total += _variance(logits.softmax(-1), change).double().sum().item()

@@ -20,7 +20,7 @@ from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.scoring import Predictions, predict
 
 See = Callable[[Matrix, Tensor, Tensor], None]
-"""Called with a matrix, its inputs [P, in] and its output gradients [P, out] at the P carrying positions, row by row."""
+"""Called with a matrix, its inputs [P, in] and output gradients [P, out] at the P carrying positions, row by row."""
 
 CHUNK = 2**24
 """Entries of [tokens, vocabulary] worked on at a time."""

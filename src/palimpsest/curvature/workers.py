@@ -35,6 +35,14 @@ class Workers:
             rows = order[first : first + batch_size]
             yield collate([encoded[row] for row in rows], rows)
 
+    def all(self, here: bool) -> bool:
+        """Whether it is so at every worker."""
+        if self.count == 1:
+            return here
+        answers = [False] * self.count
+        dist.all_gather_object(answers, here)
+        return all(answers)
+
     def add(self, sums: Iterable[Tensor]) -> None:
         """Replace each worker's sums by those of all, in place: one reduction a tensor."""
         if self.count > 1:

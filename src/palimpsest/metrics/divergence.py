@@ -35,6 +35,12 @@ class ReferenceLogprobs:
         """[N, V] log-probabilities at the targets of a batch of these records."""
         return self.logprobs[_places(self.encoded, batch)]
 
+    def take(self, records: Sequence[int]) -> "ReferenceLogprobs":
+        """Those of some of the records, in the order given."""
+        starts = list(accumulate((row.n_targets for row in self.encoded), initial=0))
+        places = torch.cat([torch.arange(starts[record], starts[record + 1]) for record in records])
+        return ReferenceLogprobs(tuple(self.encoded[record] for record in records), self.logprobs[places])
+
     def kl(self, model: LanguageModel, *, batch_size: int = 64) -> Tensor:
         """[n] KL(reference || model) of each record, as `kl_per_item` gives it.
 

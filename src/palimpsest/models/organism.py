@@ -122,7 +122,13 @@ def cache_folder() -> Path:
 
 
 def train_sham(
-    model: LanguageModel, retain: Sequence[Record], *, template: Template, steps: int, learning_rate: float, seed: int = 0
+    model: LanguageModel,
+    retain: Sequence[Record],
+    *,
+    template: Template,
+    steps: int,
+    learning_rate: float,
+    seed: int = 0,
 ) -> LanguageModel:
     """A copy of the model fine-tuned on retain records alone, as unlearning methods fine-tune: it unlearned nothing."""
     settings = TrainingSettings(

@@ -15,7 +15,8 @@ from palimpsest.errors import DataError
 from palimpsest.metrics.tofu import TofuSets
 from palimpsest.models.organism import Corpus
 from palimpsest.progress import console
-from palimpsest.run.spec import FactsSource, FileSource, Spec, TofuSource, WmdpSource
+from palimpsest.run.data import FactsSource, FileSource, TofuSource, WmdpSource
+from palimpsest.run.spec import Spec
 from palimpsest.unlearn.request import Request
 
 QUESTIONS_PER_AUTHOR = 20

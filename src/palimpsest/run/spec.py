@@ -8,113 +8,25 @@ import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     TypeAdapter,
     ValidationError,
     model_validator,
 )
+from pydantic_core import to_jsonable_python
 
 from palimpsest.data.prompts import Template
 from palimpsest.errors import SpecError
 from palimpsest.models.organism import Architecture, Recipe
 from palimpsest.models.training import TrainingSettings
+from palimpsest.run.data import FactsSource, FileSource, Strict, TofuSource, WmdpSource
 from palimpsest.run.mistakes import explain, nearest
 from palimpsest.unlearn.method import Method
 from palimpsest.unlearn.methods import METHODS
 from palimpsest.unlearn.stopping import Stop
-from palimpsest.worlds.facts import FactsWorld
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FactsSource(_Strict):
-    """Invented people and worlds (`worlds/facts.py`)."""
-
-    kind: Literal["facts"]
-    people: int = Field(120, ge=4)
-    worlds: int = Field(24, ge=0)
-    forget_people: int = Field(12, ge=0)
-    forget_worlds: int = Field(3, ge=0)
-    exposures: int = Field(70, ge=1)
-
-    @model_validator(mode="after")
-    def _makes_a_world(self) -> "FactsSource":
-        self.world(seed=0)
-        return self
-
-    def world(self, seed: int) -> FactsWorld:
-        """The generator with these settings."""
-        return FactsWorld(**self.model_dump(exclude={"kind"}), seed=seed)
-
-
-TOFU_AUTHORS = 200
-TOFU_SPLITS = {"forget01": 2, "forget05": 10, "forget10": 20}
-"""How many authors a published split forgets."""
-
-
-class TofuSource(_Strict):
-    """TOFU's invented authors, twenty questions each; the last ones are forgotten.
-
-    A `split` is the benchmark as published, on all authors and with its own metrics; otherwise some authors are taken.
-    """
-
-    kind: Literal["tofu"]
-    path: str
-    """A folder with TOFU's JSON files, or its hub id."""
-    split: Literal["forget01", "forget05", "forget10"] | None = None
-    authors: int = Field(40, ge=4, le=TOFU_AUTHORS)
-    forget_authors: int = Field(4, ge=1, le=20)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _split_says_how_many(cls, settings: Any) -> Any:
-        split = settings.get("split") if isinstance(settings, dict) else None
-        if split not in TOFU_SPLITS:
-            return settings
-        counts = {"authors": TOFU_AUTHORS, "forget_authors": TOFU_SPLITS[split]}
-        for name, count in counts.items():
-            if settings.get(name, count) != count:
-                raise ValueError(f"split {split} has {name} {count}, not {settings[name]}; leave {name} out")
-        return settings | counts
-
-
-class WmdpSource(_Strict):
-    """WMDP: a corpus to forget, one to keep, and multiple-choice questions about the first (arXiv 2403.03218).
-
-    Every corpus and every set of questions is a file or a hub id.
-    """
-
-    kind: Literal["wmdp"]
-    forget: str
-    """Rows with a `text`, or a `title` and an `abstract`."""
-    retain: str
-    questions: str
-    """Rows with `question`, `choices` and `answer`, the right choice's place."""
-    subject: str
-    """What the questions are about, for the line above each: biology, chemistry or cybersecurity in WMDP."""
-    utility: str | None = None
-    """Multiple-choice questions about what is to be kept, MMLU's say; their rows name their `subject`."""
-    passage_words: int = Field(200, ge=2)
-    """Longer texts are cut into passages of at most so many words."""
-    max_passages: int | None = Field(1000, ge=3)
-    """Passages of either corpus, the first ones of every text before the second."""
-    max_questions: int | None = Field(None, ge=1)
-    """Questions of either set, drawn by the run's seed."""
-
-
-class FileSource(_Strict):
-    """The user's own rows."""
-
-    kind: Literal["files"]
-    forget: str
-    retain: str
-    format: str | None = None
-
-
-class TrainedModel(_Strict):
+class TrainedModel(Strict):
     """A model made here, with its gold, from scratch."""
 
     kind: Literal["train"] = "train"
@@ -129,7 +41,7 @@ class TrainedModel(_Strict):
         return Recipe(self.architecture, self.tokenizer, self.vocab_size, self.pack, self.training)
 
 
-class GivenModel(_Strict):
+class GivenModel(Strict):
     """A model that exists, with gold and sham where they exist."""
 
     kind: Literal["load"]
@@ -138,7 +50,7 @@ class GivenModel(_Strict):
     sham: str | None = None
 
 
-class Sham(_Strict):
+class Sham(Strict):
     """How sham is made from the original: training on retain rows alone."""
 
     steps: int = Field(60, ge=1)
@@ -157,7 +69,7 @@ def _level(value: Any) -> Any:
     return level
 
 
-class StopSpec(_Strict):
+class StopSpec(Strict):
     """When a method stops."""
 
     steps: int = Field(200, ge=1)
@@ -199,7 +111,7 @@ def _with_seed(method: Any, seed: int) -> Any:
     return method
 
 
-class Spec(_Strict):
+class Spec(Strict):
     """All of a run."""
 
     title: str = "Unlearning, audited"
@@ -246,7 +158,7 @@ class Spec(_Strict):
     def resolved(self) -> dict[str, Any]:
         """Every setting, the defaults included, as plain data."""
         plain = self.model_dump(mode="json", exclude={"methods"})
-        return plain | {"methods": [method.settings() for method in self.methods]}
+        return plain | {"methods": [to_jsonable_python(method.settings()) for method in self.methods]}
 
 
 def read_spec(path: str | Path, *, data: str | None = None) -> Spec:

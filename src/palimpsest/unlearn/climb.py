@@ -12,22 +12,23 @@ from torch import Tensor
 
 from palimpsest.curvature.curvature import RetainCurvature
 from palimpsest.curvature.modules import matrices
-from palimpsest.curvature.quadratic import Direction, coupling
-from palimpsest.data.batches import batches, encode
+from palimpsest.curvature.quadratic import coupling
+from palimpsest.data.batches import batches, encode, epoch_order
 from palimpsest.errors import SpecError, TrainingError
 from palimpsest.files import content_hash
-from palimpsest.metrics.divergence import token_kl
+from palimpsest.metrics.divergence import ReferenceLogprobs, token_kl
 from palimpsest.models.checkpoint import Checkpoints
 from palimpsest.models.language_model import LanguageModel
+from palimpsest.models.organism import cache_folder
 from palimpsest.models.scoring import predict
-from palimpsest.progress import progress
+from palimpsest.progress import console, progress
 from palimpsest.unlearn.gauge import Gauge, affordable_reference
 from palimpsest.unlearn.line_search import meet
 from palimpsest.unlearn.request import Request
 from palimpsest.unlearn.stopping import Measurement, Stop
 from palimpsest.unlearn.subspace import combined, inner, lengths, overlaps, separate, unit
 from palimpsest.unlearn.update import Update
-from palimpsest.unlearn.weights import copied, put
+from palimpsest.unlearn.weights import copied, only_these_change, put
 
 if TYPE_CHECKING:
     from palimpsest.unlearn.kfade import KFade
@@ -43,20 +44,29 @@ FARTHEST_KL = 0.5
 TOLERANCE = 0.05
 """How far a step may go beyond its goal, as a share of the way to it in log-odds; the last step: `LAST_TOLERANCE`."""
 LAST_TOLERANCE = 0.004
+NO_LEVEL = 1e-4
+"""The forget probability to which `steps` steps go where none was asked for; more steps go as far beyond it."""
+BISECTIONS = 8
+"""Halvings of the last step: where it had to end is found within 1/256 of it."""
 
 
 def climb(method: "KFade", model: LanguageModel, request: Request, stop: Stop, folder: str | Path | None) -> Update:
     """Run K-FADE from the model's weights; see `Method.run`."""
-    if stop.forget_probability is None and stop.retain_kl is None:
+    if stop.forget_probability is None and stop.retain_kl is None and stop.forget_accuracy is None:
         raise SpecError(f"{method.name}: give a forget level or a budget of retain KL; they set its step length")
     run = _Climb(method, model, request, stop, folder)
     start = copied(run.parameters)
+    run.resume()
     was_training = model.network.training
     model.network.eval()
     try:
-        reason = run.to_the_end()
+        with only_these_change(model, run.parameters):
+            reason = run.to_the_end()
         found = {"stopped": reason, "trace": [asdict(point) for point in run.trace], "dampings": run.dampings}
         return Update.between(start, run.parameters, run.provenance | found | {"seconds": run.seconds()})
+    except TrainingError:
+        run.forget_checkpoint()  # the same would happen again from there
+        raise
     finally:
         put(run.parameters, start)
         model.network.zero_grad()
@@ -71,15 +81,13 @@ class _Step:
     """As parameters are named and shaped."""
     quadratic: float
     """change' F change: twice the nats it costs at length 1."""
-    directions: tuple[Direction, ...]
-    lengths: Tensor
 
 
 class _Climb:
     def __init__(
         self, method: "KFade", model: LanguageModel, request: Request, stop: Stop, folder: str | Path | None
     ) -> None:
-        self.started = time.monotonic()
+        self.started, self.display = time.monotonic(), progress()
         self.method, self.model, self.stop = method, model, stop
         self.matrices = matrices(model, method.modules)
         names = [name for matrix in self.matrices for name in matrix.parameter_names]
@@ -92,12 +100,12 @@ class _Climb:
         self.retain = encode(request.retain, model.tokenizer, template=request.template)
         self.gauge = Gauge(model, request)
         self.kept = affordable_reference(model, self.retain)
+        self.retain_now = self.kept
         self.step = 0
-        self.trace = [self.gauge.measure(0)]
+        self.trace = [self._measured()]
         self.dampings: list[float] = []
         self.curvature: RetainCurvature | None = None
         self.guess: float | None = None
-        self._resume()
 
     def seconds(self) -> float:
         return time.monotonic() - self.started
@@ -106,7 +114,7 @@ class _Climb:
         """Climb until something stops it; the model is left where it stopped. Says why, for people."""
         if reason := self.stop.reason(self.trace[0]):
             return reason
-        with progress() as display:
+        with self.display as display:
             task = display.add_task(f"unlearning with {self.method.name}", total=self.method.steps, note="")
             while self.step < self.stop.steps:
                 before = copied(self.parameters)
@@ -115,8 +123,8 @@ class _Climb:
                 now = self._measured()
                 note = f"forget {now.forget_probability:.3f}  retain KL {now.retain_kl:.4f}"
                 display.update(task, completed=self.step, total=max(self.step, self.method.steps), note=note)
-                if self.stop.over_budget(now):
-                    return self._back_within_budget(before, now)
+                if self.stop.reason(now) and not self._met(now):
+                    return self._back_to_the_level(before, now)
                 self.trace.append(now)
                 if reason := self.stop.reason(now):
                     return reason
@@ -126,7 +134,7 @@ class _Climb:
     # -- one step ---------------------------------------------------------------------------------------------------
 
     def _climb_once(self) -> None:
-        uphill = self._uphill()
+        uphill, self.retain_now = self._uphill(), self._retain_of_this_step()
         if self.step % self.method.refit_every == 0:
             self._measure_curvature(uphill)
         if self.method.pull_back and self.step > 0:
@@ -146,9 +154,19 @@ class _Climb:
 
         return self._downhill(losses())
 
-    def _towards_the_start(self) -> dict[str, Tensor]:
+    def _retain_of_this_step(self) -> ReferenceLogprobs:
+        """The retain rows that this step looks at, with the start model's predictions on them."""
+        room = self.method.tokens_per_step
+        rows: list[int] = []
+        for row in epoch_order(len(self.kept.encoded), self.step, self.method.seed):
+            room -= len(self.kept.encoded[row].ids)
+            if room < 0 and rows:
+                break
+            rows.append(row)
+        return self.kept.take(rows)
+
+    def _towards_the_start(self, kept: ReferenceLogprobs) -> dict[str, Tensor]:
         """[out, in] by matrix: down the KL from the start model's predictions on retain rows."""
-        kept = self.kept
 
         def losses() -> Iterator[Tensor]:
             for batch in batches(kept.encoded, batch_size=self.method.batch_size):
@@ -165,14 +183,14 @@ class _Climb:
         gradients = {name: parameter.grad for name, parameter in self.parameters.items()}
         for name, gradient in gradients.items():
             if gradient is None or not torch.isfinite(gradient).all():
-                raise TrainingError(f"{self.method.name}, step {self.step + 1}: the gradient of {name} is not finite")
+                raise self._broken(f"the gradient of {name} is not finite")
         found = {matrix.name: -matrix.gather(gradients) for matrix in self.matrices}  # type: ignore[arg-type]
         network.zero_grad()
         return found
 
     def _pull_back(self) -> None:
         """Go down the retain KL by a Gauss-Newton step, as far as that lowers it."""
-        back = self._towards_the_start()
+        back = self._towards_the_start(self.retain_now)
         step, before = self._step_along(back, self._damping()), copied(self.parameters)
         lowest = self._kept_kl()
         for share in PULL_BACKS:
@@ -188,7 +206,7 @@ class _Climb:
         seed = self.method.seed + 1_000_003 * (self.step + 1)
         fisher = coupling(
             self.model,
-            self.retain,
+            self.retain_now.encoded,
             self.matrices,
             directions,
             seed=seed,
@@ -201,12 +219,16 @@ class _Climb:
         named: dict[str, Tensor] = {}
         for matrix in self.matrices:
             named |= matrix.scatter(change[matrix.name])
-        return _Step(named, (found @ fisher @ found).item(), tuple(directions), found)
+        return _Step(named, (found @ fisher @ found).item())
 
     def _solve(self, gradient: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
         if self.curvature is None:
             return dict(gradient)
-        return {name: self.curvature.blocks[name].solve(matrix, damping) for name, matrix in gradient.items()}
+        solved = {name: self.curvature.blocks[name].solve(matrix, damping) for name, matrix in gradient.items()}
+        for name, step in solved.items():
+            if not torch.isfinite(step).all():
+                raise self._broken(f"the step in {name} is not finite: its curvature is singular at this damping")
+        return solved
 
     # -- its length ---------------------------------------------------------------------------------------------------
 
@@ -220,8 +242,6 @@ class _Climb:
 
         scale = math.sqrt(2 / max(step.quadratic, 1e-30))
         guess = self.guess or scale * math.sqrt(FIRST_KL)
-        if _log_odds(self.gauge.forget_probability()) <= goal:
-            return 0.0
         length = meet(log_odds, goal, guess, tolerance=tolerance, largest=scale * math.sqrt(FARTHEST_KL))
         self._put(before, step, length)
         self.guess = length
@@ -229,14 +249,13 @@ class _Climb:
 
     def _goal(self) -> float:
         """Log-odds of the forget probability after this step."""
+        level, share = self.stop.forget_probability, (self.step + 1) / self.method.steps
         first = _log_odds(self.trace[0].forget_probability)
-        level = self.stop.forget_probability or 1e-4
-        share = min(1.0, (self.step + 1) / self.method.steps)
-        return first + share * (_log_odds(level) - first)
+        return first + (min(1.0, share) if level else share) * (_log_odds(level or NO_LEVEL) - first)
 
     def _tolerance(self) -> float:
         first = _log_odds(self.trace[0].forget_probability)
-        way = first - _log_odds(self.stop.forget_probability or 1e-4)
+        way = first - _log_odds(self.stop.forget_probability or NO_LEVEL)
         last = self.step + 1 >= self.method.steps
         return way / self.method.steps * (LAST_TOLERANCE if last else TOLERANCE)
 
@@ -258,8 +277,11 @@ class _Climb:
             seed=method.seed + self.step,
             draws=method.draws,
             batch_size=method.batch_size,
-            quiet=True,
+            folder=cache_folder() / "curvature" if method.keep_curvature and self.step == 0 else None,
+            display=self.display,
         )
+        if self.curvature.warning and self.step == 0:
+            console.print(f"warning: {self.curvature.warning}", style="yellow", highlight=False)
         self.dampings.append(method.damping if method.damping is not None else self._best_damping(uphill))
 
     def _damping(self) -> float:
@@ -283,31 +305,51 @@ class _Climb:
     # -- measuring, stopping, going on ----------------------------------------------------------------------------
 
     def _kept_kl(self) -> float:
-        return self.kept.kl(self.model).mean().item()
+        return self.retain_now.kl(self.model).mean().item()
 
     def _measured(self) -> Measurement:
         now = self.gauge.measure(self.step)
         for what, value in (("forget probability", now.forget_probability), ("retain KL", now.retain_kl)):
             if not math.isfinite(value):
-                raise TrainingError(f"{self.method.name}, step {self.step}: the {what} is {value}; nothing was saved")
+                raise self._broken(f"the {what} is {value}")
         return now
 
-    def _back_within_budget(self, before: Mapping[str, Tensor], beyond: Measurement) -> str:
-        """Bisect the last step for the farthest point within the budget."""
-        end, low, last = copied(self.parameters), 0.0, None
-        high = 1.0
-        for _ in range(8):
+    def _broken(self, what: str) -> TrainingError:
+        remedy = (
+            "Part the way into more steps, or raise the damping"
+            if self.step
+            else "No step was taken yet, so the model's own weights are damaged; restore them"
+        )
+        return TrainingError(
+            f"{self.method.name}, step {self.step}: {what}; nothing was saved and the model is as it was. {remedy}"
+        )
+
+    def _met(self, now: Measurement) -> bool:
+        """Whether the run ended at the forget probability, which the line search meets by itself."""
+        level = self.stop.forget_probability
+        return level is not None and now.forget_probability <= level and not self.stop.over_budget(now)
+
+    def _back_to_the_level(self, before: Mapping[str, Tensor], beyond: Measurement) -> str:
+        """Bisect the last step for where the run had to stop first; says why it had to."""
+        end, within = copied(self.parameters), self.trace[-1]
+        low, high = 0.0, 1.0
+        for _ in range(BISECTIONS):
             share = (low + high) / 2
-            put(self.parameters, {name: before[name].lerp(end[name], share) for name in end})
+            self._put_between(before, end, share)
             now = self.gauge.measure(self.step - 1 + share)
-            if self.stop.over_budget(now):
-                high = share
+            if self.stop.reason(now):
+                high, beyond = share, now
             else:
-                low, last = share, now
-        put(self.parameters, {name: before[name].lerp(end[name], low) for name in end})
-        if last is not None:
+                low, within = share, now
+        # A target must be reached, so the run ends beyond it; a budget must not be overrun, so it ends before.
+        share, last = (low, within) if self.stop.over_budget(beyond) else (high, beyond)
+        self._put_between(before, end, share)
+        if share > 0:
             self.trace.append(last)
         return self.stop.reason(beyond)
+
+    def _put_between(self, start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> None:
+        put(self.parameters, {name: start[name].lerp(end[name], share) for name in start})
 
     def _save(self) -> None:
         """Before curvature is measured anew: then a run that goes on from here measures the same."""
@@ -320,7 +362,13 @@ class _Climb:
             }
             self.checkpoints.save(self.step, self.parameters, [], notes)
 
-    def _resume(self) -> None:
+    def forget_checkpoint(self) -> None:
+        """Remove what could be resumed."""
+        if self.checkpoints:
+            self.checkpoints.remove()
+
+    def resume(self) -> None:
+        """Go on from the checkpoint, if there is one."""
         if self.checkpoints and (state := self.checkpoints.load([])):
             self.step, self.dampings, self.guess = state.step, state.notes["dampings"], state.notes["guess"]
             self.trace = [Measurement(**point) for point in state.notes["trace"]]

@@ -175,7 +175,7 @@ class _Run:
         out_of_steps = self.step >= self.stop.steps  # then going back to the level is all that can be done
         if self.halvings == HALVINGS or out_of_steps:
             return False
-        return self.stop.share_of_the_way(self.trace[0], self.trace[-1], now, self.gauge.question) > FARTHEST
+        return self.stop.share_of_the_way(self.trace[0], self.trace[-1], now, self.gauge.noise) > FARTHEST
 
     def _take_back(self) -> None:
         """Go on from the last measurement at half the rate; the steps are spent, so the next batches are others."""

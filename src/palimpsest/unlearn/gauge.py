@@ -1,5 +1,6 @@
 """How far unlearning has come, and what it has cost: what every run looks at to know when to stop."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -41,9 +42,9 @@ class Gauge:
         )
 
     @property
-    def question(self) -> float:
-        """What one multiple-choice question is of the accuracy."""
-        return 1 / len(self.choices) if self.choices else 0.0
+    def noise(self) -> float:
+        """Two standard errors of an accuracy over as many questions as there are, at most; 0 without any."""
+        return 1 / math.sqrt(len(self.choices)) if self.choices else 0.0
 
 
 def affordable_reference(model: LanguageModel, encoded: Sequence[Encoded]) -> ReferenceLogprobs:

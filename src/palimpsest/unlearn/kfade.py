@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
@@ -48,11 +48,18 @@ class KFade(Method):
     coupled: bool = True
     draws: int = 1
     """Labels sampled at every target when curvature is measured."""
+    tokens_per_step: int = 16_384
+    """Retain tokens on which a step is coupled and pulled back; the curvature is measured on all."""
+    keep_curvature: bool = False
+    """Keep the start model's curvature in the user's cache folder: another request with its retain rows reuses it."""
     batch_size: int = 32
     """Rows at a time; it never changes what is computed, only its memory."""
 
     def __post_init__(self) -> None:
-        self._refuse_unless_positive("steps", "refit_every", "draws", "batch_size")
+        if isinstance(self.modules, str):
+            raise SpecError(f"{self.name}: modules is {self.modules!r}; it is a list of patterns")
+        object.__setattr__(self, "modules", tuple(self.modules))  # JSON gives a list back
+        self._refuse_unless_positive("steps", "refit_every", "tokens_per_step", "draws", "batch_size")
         if self.curvature not in get_args(Curvature):
             raise SpecError(
                 f"{self.name}: curvature {self.curvature!r} is unknown; choose {', '.join(get_args(Curvature))}"
@@ -71,6 +78,10 @@ class KFade(Method):
         from palimpsest.unlearn.climb import climb
 
         return climb(self, model, request, stop or Stop(), folder)
+
+    def settings(self) -> dict[str, Any]:
+        """Name and settings, for provenance: as JSON gives them back."""
+        return super().settings() | {"modules": list(self.modules)}
 
     def loss(self, logprobs: Tensor) -> Tensor:
         """[N] what goes down while the forget set is forgotten, for log-probabilities [N] of its tokens.

@@ -2,21 +2,26 @@
 
 from collections.abc import Callable
 
+NARROWINGS = 30
+"""Evaluations at most, once the goal is bracketed."""
+
 
 def meet(value: Callable[[float], float], goal: float, guess: float, *, tolerance: float, largest: float) -> float:
     """A step length at which `value` is at or below `goal`, with little to spare: `goal - tolerance <= value <= goal`.
 
-    The guess is doubled until the goal is bracketed, then false position (Illinois) narrows the bracket. Where the goal
-    is not met within `largest`, that is the answer.
+    The guess is doubled until the goal is bracketed, then false position (Illinois: Dowell & Jarratt 1971) narrows the
+    bracket. 0 where the goal is met at once; `largest` where it is not met within that.
 
     Args:
-        value: the quantity at a step length; above the goal at 0.
+        value: the quantity at a step length.
         goal: where it should come down to.
         guess: where to begin.
         tolerance: how far below the goal is still good.
         largest: the longest step allowed.
     """
     low, at_low = 0.0, value(0.0) - goal
+    if at_low <= 0:
+        return 0.0
     high = min(guess, largest)
     at_high = value(high) - goal
     while at_high > 0:
@@ -24,16 +29,18 @@ def meet(value: Callable[[float], float], goal: float, guess: float, *, toleranc
             return high
         low, at_low, high = high, at_high, min(2 * high, largest)
         at_high = value(high) - goal
-    best = high
-    for _ in range(30):
-        if at_high >= -tolerance:
+    to_spare, moved = -at_high, ""
+    for _ in range(NARROWINGS):
+        if to_spare <= tolerance:
             break
         share = min(max(at_low / (at_low - at_high), 0.05), 0.95)
         middle = low + share * (high - low)
         at_middle = value(middle) - goal
+        # An end that stays where it is twice counts for half, else the bracket would shrink from one side alone.
         if at_middle <= 0:
-            high, at_high, best = middle, at_middle, middle
-            at_low /= 2
+            at_low = at_low / 2 if moved == "high" else at_low
+            high, at_high, to_spare, moved = middle, at_middle, -at_middle, "high"
         else:
-            low, at_low = middle, at_middle
-    return best
+            at_high = at_high / 2 if moved == "low" else at_high
+            low, at_low, moved = middle, at_middle, "low"
+    return high

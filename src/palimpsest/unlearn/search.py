@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ class Searched:
 
 
 def search(
-    method_class: type[Method],
+    method: Method,
     space: Space,
     model: LanguageModel,
     request: Request,
@@ -112,7 +112,8 @@ def search(
     A trial's settings follow from the seed and the trials before it alone.
 
     Args:
-        method_class: which method.
+        method: which method, with the settings of the first trial and those that are not searched; its seed is the
+            search's.
         space: what may be chosen for its settings; see `SPACES`.
         model: the model to start from; it is left as it was.
         request: what to forget and keep. The dev rows are its `retain_held_out`.
@@ -129,9 +130,10 @@ def search(
         EvidenceError: what the folder holds cannot be read.
         StorageError: the folder holds other files, or cannot be written.
     """
-    _refuse_unless_searchable(method_class, space, stop, trials)
+    method = replace(method, seed=seed)
+    _refuse_unless_searchable(method, space, stop, trials)
     asked = {
-        "method": method_class.name,
+        "method": method.settings(),
         "space": {name: _plain(choice) for name, choice in space.items()},
         "stop": asdict(stop),
         "seed": seed,
@@ -141,8 +143,8 @@ def search(
     record = _Record(Path(folder), asked, trials) if folder else None
     done, update = record.read() if record else ([], None)
     for number in range(len(done), trials):
-        settings = _proposed(method_class, space, done, seed)
-        trial, made = _tried(_method(method_class, settings, seed), settings, model, request, stop)
+        settings = _proposed(method, space, done, seed)
+        trial, made = _tried(replace(method, **settings), settings, model, request, stop)
         done.append(trial)
         if made and _best(done) == number:
             update = made
@@ -150,17 +152,15 @@ def search(
                 record.keep(number, made)
         if record:
             record.write(done)
-        _say(f"{method_class.name}, trial {number + 1} of {trials}", trial)
+        _say(f"{method.name}, trial {number + 1} of {trials}", trial)
     best = done[_best(done)]
     if update is None:
-        raise TrainingError(
-            f"{method_class.name}: no trial of {trials} came to an end; the best of them: {best.stopped}"
-        )
-    return Searched(_method(method_class, best.settings, seed), update, best, tuple(done))
+        raise TrainingError(f"{method.name}: no trial of {trials} came to an end; the best of them: {best.stopped}")
+    return Searched(replace(method, **best.settings), update, best, tuple(done))
 
 
-def _refuse_unless_searchable(method_class: type[Method], space: Space, stop: Stop, trials: int) -> None:
-    name, defaults = method_class.name, method_class().settings()
+def _refuse_unless_searchable(method: Method, space: Space, stop: Stop, trials: int) -> None:
+    name, defaults = method.name, method.settings()
     if find_spec("optuna") is None:
         raise SpecError("a search needs optuna, which is not installed; pip install palimpsest[search]")
     if stop.forget_probability is None:
@@ -168,8 +168,8 @@ def _refuse_unless_searchable(method_class: type[Method], space: Space, stop: St
     if trials < 1:
         raise SpecError(f"{name}: a search of {trials} trials finds nothing; ask for at least 1")
     for setting, choice in space.items():
-        if setting not in method_class.setting_names():
-            known = ", ".join(method_class.setting_names())
+        if setting not in method.setting_names():
+            known = ", ".join(method.setting_names())
             raise SpecError(f"{name}: has no setting {setting!r} to search; it has {known}")
         if not _holds(choice, defaults[setting]):
             raise SpecError(
@@ -186,14 +186,10 @@ def _plain(choice: Between | tuple[Any, ...]) -> Any:
     return asdict(choice) if isinstance(choice, Between) else list(choice)
 
 
-def _method(method_class: type[Method], settings: Mapping[str, Any], seed: int) -> Method:
-    return method_class(**{"seed": seed, **settings})
-
-
-def _proposed(method_class: type[Method], space: Space, done: Sequence[Trial], seed: int) -> dict[str, Any]:
+def _proposed(method: Method, space: Space, done: Sequence[Trial], seed: int) -> dict[str, Any]:
     """The next trial's settings, a function of its arguments alone."""
     if not done:
-        defaults = method_class().settings()
+        defaults = method.settings()
         return {name: defaults[name] for name in space}
     import optuna
     from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution

@@ -59,14 +59,14 @@ class Stop:
             return f"accuracy on the forget set's multiple-choice questions was down to {self.forget_accuracy:.3f}"
         return ""
 
-    def share_of_the_way(self, start: Measurement, before: Measurement, now: Measurement, question: float) -> float:
+    def share_of_the_way(self, start: Measurement, before: Measurement, now: Measurement, noise: float) -> float:
         """How much of the way from `start` to a forget level lies between `before` and `now`: the most of the levels.
 
         Args:
             start: where the run began, above every level.
             before: an earlier measurement.
             now: a later one.
-            question: what one question is of the accuracy. That much is never too far, since less cannot be gone.
+            noise: of the accuracy, which moves by whole questions and by chance; a difference within it is no way gone.
         """
         covered = [0.0]
         if self.forget_probability is not None:
@@ -74,7 +74,7 @@ class Stop:
             covered.append((before.forget_probability - now.forget_probability) / way)
         if self.forget_accuracy is not None:
             way = _accuracy(start) - self.forget_accuracy
-            covered.append((_accuracy(before) - _accuracy(now) - question) / way)
+            covered.append((_accuracy(before) - _accuracy(now) - noise) / way)
         return max(covered)
 
     def over_budget(self, now: Measurement) -> bool:

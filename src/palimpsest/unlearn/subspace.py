@@ -25,9 +25,9 @@ def lengths(fisher: Tensor, overlaps: Tensor, slopes: Tensor, damping: float) ->
         slopes: [k] inner products of the directions with the gradient to follow.
         damping: absolute.
     """
-    system = fisher + damping * overlaps
-    system = system + RIDGE * torch.diag(fisher.diagonal()) + 1e-12 * system.diagonal().max() * torch.eye(len(system))
-    return torch.linalg.solve(system, slopes)
+    system = fisher + damping * overlaps + RIDGE * torch.diag(fisher.diagonal())
+    least = 1e-12 * system.diagonal().max().clamp(min=1e-200)  # directions of zeros have length 0, not none
+    return torch.linalg.solve(system + least * torch.eye(len(system), dtype=system.dtype), slopes)
 
 
 def inner(left: Direction, right: Direction) -> float:

@@ -1,0 +1,69 @@
+"""`palimpsest studies run NAME`: a paper's claims, measured in worlds whose truth is known."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE
+from rich.markup import escape
+from rich.table import Table
+
+from palimpsest.cli.output import Json, print_json
+from palimpsest.errors import SpecError
+from palimpsest.progress import console
+
+if TYPE_CHECKING:
+    from palimpsest.studies.claims import Claim
+
+STUDIES = ("kfade",)
+
+app = typer.Typer(help="Test papers' claims in worlds whose truth is known.", no_args_is_help=True)
+
+
+@app.command("run")
+def run(
+    name: Annotated[str, typer.Argument(help="Which study: kfade.")],
+    seeds: Annotated[int, typer.Option(help="How many seeds, from the first on.", min=1)] = 5,
+    first_seed: Annotated[int, typer.Option(help="The first seed.", min=0)] = 0,
+    regime: Annotated[list[str] | None, typer.Option(help="people, topic or tofu; several may be given.")] = None,
+    cell: Annotated[list[str] | None, typer.Option(help="Measure only these models, e.g. kfade, npo.")] = None,
+    trials: Annotated[int, typer.Option(help="Trials of each first-order method's tuning.", min=1)] = 6,
+    steps: Annotated[int, typer.Option(help="The most steps a first-order trial may take.", min=1)] = 300,
+    data: Annotated[Path | None, typer.Option(help="The folder that holds tofu/ and wikitext2/.")] = None,
+    out: Annotated[Path, typer.Option(help="Keeps what was measured; a study that was stopped goes on.")] = Path(
+        "runs/studies"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Measure what is missing, then print every claim with its estimate, interval and verdict."""
+    if name not in STUDIES:
+        raise SpecError(f"study {name!r} is unknown; there is {', '.join(STUDIES)}")
+    with console.status("loading torch and transformers"):
+        from palimpsest.studies.kfade import Plan
+        from palimpsest.studies.kfade import run as study
+        from palimpsest.studies.regimes import REGIMES
+    for wanted in regime or ():
+        if wanted not in REGIMES:
+            raise SpecError(f"--regime {wanted}: unknown; there are {', '.join(REGIMES)}")
+    span = range(first_seed, first_seed + seeds)
+    claims = study(Plan(span, regime or list(REGIMES), trials, steps, data, out / name, cell or ()))
+    if as_json:
+        print_json([asdict(claim) | {"verdict": claim.verdict} for claim in claims])
+    else:
+        show(claims)
+
+
+def show(claims: "list[Claim]") -> None:
+    """A table on standard output."""
+    table = Table(box=SIMPLE)
+    for heading in ("claim", "what is measured", "estimate", "95 % interval", "seeds", "verdict"):
+        table.add_column(heading)
+    for claim in claims:
+        interval = f"{claim.low:.3g} to {claim.high:.3g}" if claim.low is not None and claim.high is not None else ""
+        estimate = "" if claim.estimate is None else f"{claim.estimate:.3g}"
+        what = claim.quantity + (f" ({claim.note})" if claim.note else "")
+        table.add_row(escape(claim.id), escape(what), estimate, interval, str(claim.seeds), claim.verdict)
+    from rich.console import Console
+
+    Console().print(table)
