@@ -40,12 +40,13 @@ def run(
     if name not in STUDIES:
         raise SpecError(f"study {name!r} is unknown; there is {', '.join(STUDIES)}")
     with console.status("loading torch and transformers"):
-        from palimpsest.studies.kfade import Plan
+        from palimpsest.studies.kfade import CELLS, Plan
         from palimpsest.studies.kfade import run as study
         from palimpsest.studies.regimes import REGIMES
-    for wanted in regime or ():
-        if wanted not in REGIMES:
-            raise SpecError(f"--regime {wanted}: unknown; there are {', '.join(REGIMES)}")
+    for option, given, known in (("regime", regime, list(REGIMES)), ("cell", cell, CELLS)):
+        for wanted in given or ():
+            if wanted not in known:
+                raise SpecError(f"--{option} {wanted}: unknown; there are {', '.join(known)}")
     span = range(first_seed, first_seed + seeds)
     claims = study(Plan(span, regime or list(REGIMES), trials, steps, data, out / name, cell or ()))
     if as_json:

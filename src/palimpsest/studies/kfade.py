@@ -56,6 +56,13 @@ VARIANTS: dict[str, KFade] = {
     "uncoupled": KFade(coupled=False),
     "no_pull_back": KFade(pull_back=False),
 }
+CELLS = (
+    "controls",
+    *VARIANTS,
+    *(method.name for method, _ in FIRST_ORDER),
+    *("reapplied_retain", "reapplied_new", "relearned"),
+)
+"""What is measured, by the names of the files that keep it."""
 FURTHER_STEPS, FURTHER_RATE = 200, 1e-4
 """Of training after unlearning."""
 RELEARN_ROWS = 20

@@ -21,10 +21,10 @@ from palimpsest.run.spec import make_spec
 from palimpsest.unlearn.request import Request
 from palimpsest.worlds.facts import FactsWorld
 
-PASSAGES = 600
+PASSAGES = 1500
 """Of running text that the model of `topic` reads; the first of them are the request's."""
 TRAIN_PASSAGES, HELD_OUT_PASSAGES, NEW_PASSAGES = 200, 40, 200
-FEWEST_WORDS, MOST_WORDS = 40, 120
+FEWEST_WORDS, MOST_WORDS = 40, 48
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from palimpsest.curvature.curvature import RetainCurvature
 from palimpsest.curvature.modules import matrices
-from palimpsest.curvature.quadratic import coupling
+from palimpsest.curvature.quadratic import Direction, coupling
 from palimpsest.data.batches import batches, encode, epoch_order
 from palimpsest.errors import SpecError, TrainingError
 from palimpsest.files import content_hash
@@ -46,8 +46,10 @@ TOLERANCE = 0.05
 LAST_TOLERANCE = 0.004
 NO_LEVEL = 1e-4
 """The forget probability to which `steps` steps go where none was asked for; more steps go as far beyond it."""
-BISECTIONS = 8
-"""Halvings of the last step: where it had to end is found within 1/256 of it."""
+BISECTIONS, FINEST = 24, 1 / 256
+"""Halvings of the last step, at most, and the share of it within which its end is found."""
+ENOUGH_OF_BUDGET = 0.9
+"""A run that a budget ends has used at least this share of it."""
 
 
 def climb(method: "KFade", model: LanguageModel, request: Request, stop: Stop, folder: str | Path | None) -> Update:
@@ -201,21 +203,35 @@ class _Climb:
 
     def _step_along(self, gradient: Mapping[str, Tensor], damping: float) -> _Step:
         """The Gauss-Newton step for a gradient, coupled over the matrices."""
-        solved = self._solve(gradient, damping)
-        directions = [unit(direction) for direction in (separate(solved) if self.method.coupled else [solved])]
-        seed = self.method.seed + 1_000_003 * (self.step + 1)
+        return self._steps_along(gradient, [damping])[0]
+
+    def _steps_along(self, gradient: Mapping[str, Tensor], dampings: Sequence[float]) -> list[_Step]:
+        """One for each damping, all coupled in a single pass over this step's retain rows."""
+        spans = []
+        for damping in dampings:
+            solved = self._solve(gradient, damping)
+            spans.append([unit(direction) for direction in (separate(solved) if self.method.coupled else [solved])])
         fisher = coupling(
             self.model,
             self.retain_now.encoded,
             self.matrices,
-            directions,
-            seed=seed,
+            [direction for span in spans for direction in span],
+            seed=self.method.seed + 1_000_003 * (self.step + 1),
             draws=self.method.draws,
             batch_size=self.method.batch_size,
         )
-        slopes = torch.tensor([inner(direction, gradient) for direction in directions], dtype=torch.float64)
-        found = lengths(fisher, overlaps(directions), slopes, damping)
-        change = combined(found, directions)
+        steps, size = [], len(spans[0])
+        for place, (damping, span) in enumerate(zip(dampings, spans, strict=True)):
+            own = slice(place * size, (place + 1) * size)
+            steps.append(self._step_within(span, fisher[own, own], gradient, damping))
+        return steps
+
+    def _step_within(
+        self, span: Sequence[Direction], fisher: Tensor, gradient: Mapping[str, Tensor], damping: float
+    ) -> _Step:
+        slopes = torch.tensor([inner(direction, gradient) for direction in span], dtype=torch.float64)
+        found = lengths(fisher, overlaps(span), slopes, damping)
+        change = combined(found, span)
         named: dict[str, Tensor] = {}
         for matrix in self.matrices:
             named |= matrix.scatter(change[matrix.name])
@@ -295,8 +311,9 @@ class _Climb:
         """The damping that costs held-out retain rows least for the same forgetting; ties go to the larger."""
         tried = tuple(self.dampings[-1] * factor for factor in (1 / 3, 1, 3)) if self.dampings else DAMPINGS
         before, guess, found = copied(self.parameters), self.guess, {}
-        for damping in tried:
-            self._take(self._step_along(uphill, damping * self._unit()), self._goal(), self._tolerance())
+        steps = self._steps_along(uphill, [damping * self._unit() for damping in tried])
+        for damping, step in zip(tried, steps, strict=True):
+            self._take(step, self._goal(), self._tolerance())
             found[damping] = self.gauge.measure(self.step).retain_kl
             put(self.parameters, before)
             self.guess = guess
@@ -334,6 +351,8 @@ class _Climb:
         end, within = copied(self.parameters), self.trace[-1]
         low, high = 0.0, 1.0
         for _ in range(BISECTIONS):
+            if high - low <= FINEST and not self._far_below_budget(within, beyond):
+                break
             share = (low + high) / 2
             self._put_between(before, end, share)
             now = self.gauge.measure(self.step - 1 + share)
@@ -347,6 +366,10 @@ class _Climb:
         if share > 0:
             self.trace.append(last)
         return self.stop.reason(beyond)
+
+    def _far_below_budget(self, within: Measurement, beyond: Measurement) -> bool:
+        budget = self.stop.retain_kl
+        return budget is not None and self.stop.over_budget(beyond) and within.retain_kl < ENOUGH_OF_BUDGET * budget
 
     def _put_between(self, start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> None:
         put(self.parameters, {name: start[name].lerp(end[name], share) for name in start})

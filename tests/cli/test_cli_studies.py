@@ -1,0 +1,59 @@
+"""`palimpsest studies run`: what is asked, what is printed, what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.tiny import invoke
+
+from palimpsest.studies import kfade
+from palimpsest.studies.claims import Claim
+
+CLAIMS = [
+    Claim("a/people", "It is so.", "paper", "a ratio", 0.5, 0.25, 0.75, 5, 1.0, True, "best: npo"),
+    Claim("d/people/[x]", "It is so.", "paper", "another", None, None, None, 0, 1.0, True),
+]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[kfade.Plan]:
+    plans: list[kfade.Plan] = []
+    monkeypatch.setattr(kfade, "run", lambda plan: plans.append(plan) or CLAIMS)
+    return plans
+
+
+def test_it_runs_what_was_asked_for(asked: list[kfade.Plan], tmp_path: Path) -> None:
+    options = ["--seeds", 2, "--first-seed", 3, "--regime", "people", "--cell", "npo", "--trials", 4, "--out", tmp_path]
+    code, out, _ = invoke("studies", "run", "kfade", *options, "--json")
+    assert code == 0
+    (plan,) = asked
+    assert (list(plan.seeds), plan.regimes, plan.cells, plan.trials) == ([3, 4], ["people"], ["npo"], 4)
+    assert plan.folder == tmp_path / "kfade" and plan.data is None
+    assert [claim["verdict"] for claim in json.loads(out)] == ["reproduced", "not testable here"]
+
+
+def test_people_get_a_table(asked: list[kfade.Plan]) -> None:
+    code, out, _ = invoke("studies", "run", "kfade")
+    assert code == 0
+    assert asked[0].regimes == ["people", "topic", "tofu"] and len(asked[0].seeds) == 5
+    assert all(word in out for word in ("a/people", "0.25 to 0.75", "reproduced", "d/people/[x]"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["kfad"], "error: study 'kfad' is unknown; there is kfade"),
+        (["kfade", "--regime", "peopel"], "error: --regime peopel: unknown; there are people, topic, tofu"),
+        (["kfade", "--cell", "ekfca"], "error: --cell ekfca: unknown; there are controls, kfade, "),
+        (
+            ["kfade", "--regime", "topic"],
+            "error: wikitext2/valid.txt: WikiText-2 is needed here; give the folder that holds wikitext2/",
+        ),
+        (["kfade", "--regime", "topic", "--data", "nowhere"], "error: nowhere/wikitext2/valid.txt: "),
+    ],
+)
+def test_what_is_refused_in_one_line(options: list[str], says: str, tmp_path: Path) -> None:
+    code, out, err = invoke("studies", "run", *options, "--seeds", 1, "--out", tmp_path)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith(says)
+    assert not (tmp_path / "kfade").exists() or not any((tmp_path / "kfade").rglob("*.json"))
