@@ -115,6 +115,34 @@ def test_without_a_level_or_a_budget_it_is_refused(toy) -> None:
         QUICK.run(toy, REQUEST, Stop(5))
 
 
+# Damping.
+
+
+def test_a_damping_that_spares_nobody_anything_is_not_made_smaller(toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(climb, "HARMLESS", math.inf)
+    made = replace(QUICK, damping=None).run(toy, REQUEST, LEVEL).provenance
+    assert made["dampings"] == [max(climb.DAMPINGS)] * 2
+
+
+def test_else_the_damping_is_what_spares_held_out_rows_most(toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(climb, "HARMLESS", 0.0)
+    chosen = replace(QUICK, damping=None).run(toy, REQUEST, Stop(1, 0.004)).provenance
+    cost = {}
+    for damping in climb.DAMPINGS:
+        fixed = replace(QUICK, damping=damping).run(toy, REQUEST, Stop(1, 0.004)).provenance
+        cost[damping] = fixed["trace"][-1]["retain_kl"]
+    assert chosen["trace"][-1]["retain_kl"] == pytest.approx(min(cost.values()), rel=1e-6)
+    assert chosen["dampings"] == [min(cost, key=cost.get)]
+
+
+def test_a_damping_beyond_the_largest_eigenvalue_is_the_plain_gradient(toy) -> None:
+    heavy, plain = (
+        replace(QUICK, **how).run(toy, REQUEST, LEVEL) for how in ({"damping": 1e9}, {"curvature": "identity"})
+    )
+    for name, delta in plain.delta.items():
+        torch.testing.assert_close(heavy.delta[name], delta, rtol=1e-2, atol=1e-3 * delta.abs().max().item())
+
+
 # What it looks at, and what it leaves alone.
 
 

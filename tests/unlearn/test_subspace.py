@@ -10,7 +10,7 @@ from torch import Tensor
 
 from palimpsest.unlearn import subspace
 from palimpsest.unlearn.kfade import KFade
-from palimpsest.unlearn.subspace import combined, inner, lengths, overlaps, separate, unit
+from palimpsest.unlearn.subspace import combined, inner, lengths, separate, unit
 
 SHAPES = {"a": (3, 4), "b": (2, 5), "c": (4, 1)}
 SIZE = sum(rows * columns for rows, columns in SHAPES.values())
@@ -42,22 +42,22 @@ def some_fisher(seed: int, rank: int = SIZE) -> Tensor:
     return root @ root.T / rank
 
 
-def stepped(fisher: Tensor, directions: list[dict[str, Tensor]], gradient: dict[str, Tensor], damping: float) -> Tensor:
+def stepped(fisher: Tensor, directions: list[dict[str, Tensor]], gradient: dict[str, Tensor]) -> Tensor:
     """[k] lengths from a dense matrix."""
     d = torch.stack([flat(direction) for direction in directions])
     slopes = torch.tensor([inner(direction, gradient) for direction in directions], dtype=torch.float64)
-    return lengths(d @ fisher @ d.T, overlaps(directions), slopes, damping)
+    return lengths(d @ fisher @ d.T, slopes)
 
 
-@given(seed=st.integers(0, 10**6), k=st.integers(1, 6), damping=st.sampled_from([0.0, 0.1, 5.0]))
+@given(seed=st.integers(0, 10**6), k=st.integers(1, 6))
 @settings(deadline=None, max_examples=60)
-def test_lengths_are_the_dense_step_within_the_span(seed: int, k: int, damping: float) -> None:
-    """The minimum of -g'x + x'(F + damping I)x/2 over the span, found in an orthonormal basis of it."""
+def test_lengths_are_the_dense_step_within_the_span(seed: int, k: int) -> None:
+    """The minimum of -g'x + x'Fx/2 over the span, found in an orthonormal basis of it."""
     directions, gradient = [some_direction(seed + place) for place in range(k)], some_direction(seed - 1)
     fisher = some_fisher(seed)
-    found = flat(combined(stepped(fisher, directions, gradient, damping), directions))
+    found = flat(combined(stepped(fisher, directions, gradient), directions))
     basis, _ = torch.linalg.qr(torch.stack([flat(direction) for direction in directions]).T)
-    dense = basis.T @ (fisher + damping * torch.eye(SIZE, dtype=torch.float64)) @ basis
+    dense = basis.T @ fisher @ basis
     expected = basis @ torch.linalg.solve(dense, basis.T @ flat(gradient))
     assert torch.allclose(found, expected, rtol=1e-7, atol=1e-9 * float(expected.norm()))
 
@@ -69,16 +69,16 @@ def test_directions_that_span_everything_give_the_whole_gauss_newton_step() -> N
         for part in torch.eye(shape[0] * shape[1], dtype=torch.float64)
     ]
     fisher, gradient = some_fisher(0), some_direction(1)
-    found = flat(combined(stepped(fisher, every, gradient, 0.3), every))
-    whole = torch.linalg.solve(fisher + 0.3 * torch.eye(SIZE, dtype=torch.float64), flat(gradient))
-    assert torch.allclose(found, whole, rtol=1e-9)
+    found = flat(combined(stepped(fisher, every, gradient), every))
+    whole = torch.linalg.solve(fisher, flat(gradient))
+    assert torch.allclose(found, whole, rtol=1e-6)
 
 
 def test_one_direction_is_as_long_as_the_quadratic_form_says() -> None:
     direction, gradient, fisher = some_direction(0), some_direction(1), some_fisher(2)
     d, g = flat(direction), flat(gradient)
-    expected = d @ g / (d @ fisher @ d + 0.7 * d @ d)
-    assert stepped(fisher, [direction], gradient, 0.7).item() == pytest.approx(expected.item())
+    expected = d @ g / (d @ fisher @ d)
+    assert stepped(fisher, [direction], gradient).item() == pytest.approx(expected.item())
 
 
 @given(seed=st.integers(0, 10**6))
@@ -88,7 +88,7 @@ def test_nothing_else_in_the_span_forgets_more_for_what_it_costs(seed: int) -> N
     directions, gradient, fisher = separate(some_direction(seed)), some_direction(seed + 1), some_fisher(seed)
     d = torch.stack([flat(direction) for direction in directions])
     inside, slopes, cost = d @ fisher @ d.T, d @ flat(gradient), 0.01
-    best = stepped(fisher, directions, gradient, 0.0)
+    best = stepped(fisher, directions, gradient)
 
     def gain(coefficients: Tensor) -> Tensor:
         priced = (coefficients @ inside * coefficients).sum(-1)
@@ -101,28 +101,27 @@ def test_nothing_else_in_the_span_forgets_more_for_what_it_costs(seed: int) -> N
 
 def test_the_ridge_is_a_share_of_the_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subspace, "RIDGE", 0.25)
-    fisher, overlap = some_fisher(0)[:3, :3], some_fisher(1)[:3, :3]
+    fisher = some_fisher(0)[:3, :3]
     slopes = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    system = fisher + 2 * overlap
+    system = fisher.clone()
     for place in range(3):
         system[place, place] += 0.25 * fisher[place, place]
-    assert torch.allclose(lengths(fisher, overlap, slopes, 2.0), torch.linalg.inv(system) @ slopes)
+    assert torch.allclose(lengths(fisher, slopes), torch.linalg.inv(system) @ slopes)
 
 
 def test_directions_of_zeros_are_not_gone_along() -> None:
     """A matrix that nothing moves has a direction of zeros: alone it stops nothing, and it leaves the others alone."""
     nothing, gradient, fisher = {"b": torch.zeros(2, 5, dtype=torch.float64)}, some_direction(1), some_fisher(0)
-    assert stepped(fisher, [nothing, nothing], gradient, 0.0).tolist() == [0, 0]
+    assert stepped(fisher, [nothing, nothing], gradient).tolist() == [0, 0]
     some = [{"a": some_direction(2)["a"]}, {"c": some_direction(2)["c"]}]
-    with_it = stepped(fisher, [some[0], nothing, some[1]], gradient, 0.1)
+    with_it = stepped(fisher, [some[0], nothing, some[1]], gradient)
     assert with_it[1] == 0
-    assert torch.allclose(with_it[[0, 2]], stepped(fisher, some, gradient, 0.1), rtol=1e-9)
+    assert torch.allclose(with_it[[0, 2]], stepped(fisher, some, gradient), rtol=1e-9)
 
 
 def test_inner_products_are_those_of_the_flattened_directions() -> None:
     directions = [some_direction(seed, names) for seed, names in enumerate(("abc", "ab", "c", "b"))]
     stacked = torch.stack([flat(direction) for direction in directions])
-    assert torch.allclose(overlaps(directions), stacked @ stacked.T, rtol=1e-12)
     for left, one in zip(directions, stacked, strict=True):
         for right, other in zip(directions, stacked, strict=True):
             assert inner(left, right) == pytest.approx(float(one @ other), rel=1e-12, abs=1e-12)
@@ -199,11 +198,11 @@ def test_one_step_uphill_on_the_forget_set_is_retraining_without_it(rows: tuple[
     assert weights.grad is not None
     uphill = {"w": -weights.grad}  # down the method's loss
 
-    def remaining(curvature: Tensor, sign: float = 1.0, damping: float = 1e-9) -> float:
+    def remaining(curvature: Tensor, sign: float = 1.0) -> float:
         direction = unit({"w": torch.linalg.lstsq(curvature, uphill["w"].flatten()).solution.view_as(joint)})
         d = direction["w"].flatten()
         slopes = torch.tensor([inner(direction, uphill)], dtype=torch.float64)
-        length = lengths((d @ curvature @ d).view(1, 1), overlaps([direction]), slopes, damping)
+        length = lengths((d @ curvature @ d).view(1, 1), slopes)
         # Of losses that are means over their own rows, the natural step is M_forget / M_retain long.
         change = combined(sign * length * N_FORGOTTEN / N_KEPT, [direction])["w"]
         return (

@@ -26,15 +26,20 @@ from palimpsest.unlearn.gauge import Gauge, affordable_reference
 from palimpsest.unlearn.line_search import meet
 from palimpsest.unlearn.request import Request
 from palimpsest.unlearn.stopping import Measurement, Stop
-from palimpsest.unlearn.subspace import combined, inner, lengths, overlaps, separate, unit
+from palimpsest.unlearn.subspace import combined, inner, lengths, separate, unit
 from palimpsest.unlearn.update import Update
 from palimpsest.unlearn.weights import copied, only_these_change, put
 
 if TYPE_CHECKING:
     from palimpsest.unlearn.kfade import KFade
 
-DAMPINGS = (0.3, 1.0, 3.0, 10.0, 30.0)
-"""What is tried first, in mean eigenvalues; later, the neighbours of what was chosen before."""
+DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0, 1e3, 1e4)
+"""What is tried, in mean eigenvalues. Beyond the largest eigenvalue, the direction in each matrix is the plain
+gradient's, and only the lengths know of curvature."""
+TOGETHER = 3
+"""Dampings whose steps are coupled in one pass; each takes as much memory as the weights."""
+HARMLESS = 1e-3
+"""Nats on held-out retain rows, for the whole way, that are no reason to prefer one damping to another."""
 PULL_BACKS = (1.0, 0.5, 0.25, 0.1)
 """Shares of the full pull-back, the first that lowers the retain KL being taken."""
 FIRST_KL = 1e-4
@@ -221,16 +226,14 @@ class _Climb:
             batch_size=self.method.batch_size,
         )
         steps, size = [], len(spans[0])
-        for place, (damping, span) in enumerate(zip(dampings, spans, strict=True)):
+        for place, span in enumerate(spans):
             own = slice(place * size, (place + 1) * size)
-            steps.append(self._step_within(span, fisher[own, own], gradient, damping))
+            steps.append(self._step_within(span, fisher[own, own], gradient))
         return steps
 
-    def _step_within(
-        self, span: Sequence[Direction], fisher: Tensor, gradient: Mapping[str, Tensor], damping: float
-    ) -> _Step:
+    def _step_within(self, span: Sequence[Direction], fisher: Tensor, gradient: Mapping[str, Tensor]) -> _Step:
         slopes = torch.tensor([inner(direction, gradient) for direction in span], dtype=torch.float64)
-        found = lengths(fisher, overlaps(span), slopes, damping)
+        found = lengths(fisher, slopes)
         change = combined(found, span)
         named: dict[str, Tensor] = {}
         for matrix in self.matrices:
@@ -308,16 +311,22 @@ class _Climb:
         return 1.0 if self.method.absolute_damping or not self.curvature else self.curvature.mean_eigenvalue
 
     def _best_damping(self, uphill: Mapping[str, Tensor]) -> float:
-        """The damping that costs held-out retain rows least for the same forgetting; ties go to the larger."""
-        tried = tuple(self.dampings[-1] * factor for factor in (1 / 3, 1, 3)) if self.dampings else DAMPINGS
-        before, guess, found = copied(self.parameters), self.guess, {}
-        steps = self._steps_along(uphill, [damping * self._unit() for damping in tried])
-        for damping, step in zip(tried, steps, strict=True):
-            self._take(step, self._goal(), self._tolerance())
-            found[damping] = self.gauge.measure(self.step).retain_kl
-            put(self.parameters, before)
-            self.guess = guess
-        return min(reversed(tried), key=lambda damping: found[damping])
+        """The largest damping that does held-out retain rows no harm; where there is none, the one that harms least.
+
+        A small damping moves the weights far in directions that the retain rows do not use. What else uses them, nobody
+        has measured: so it is worth that only where it spares the retain rows something.
+        """
+        before, guess, found = copied(self.parameters), self.guess, dict[float, float]()
+        for first in range(0, len(DAMPINGS), TOGETHER):
+            tried = DAMPINGS[first : first + TOGETHER]
+            steps = self._steps_along(uphill, [damping * self._unit() for damping in tried])
+            for damping, step in zip(tried, steps, strict=True):
+                self._take(step, self._goal(), self._tolerance())
+                found[damping] = self.gauge.measure(self.step).retain_kl
+                put(self.parameters, before)
+                self.guess = guess
+        harmless = HARMLESS * min(1.0, (self.step + 1) / self.method.steps)
+        return max((d for d in found if found[d] <= harmless), default=min(found, key=lambda d: (found[d], -d)))
 
     # -- measuring, stopping, going on ----------------------------------------------------------------------------
 

@@ -35,12 +35,13 @@ class KFade(Method):
     curvature: Curvature = "kfac"
     modules: tuple[str, ...] = ("*",)
     """Patterns of the names of the linear maps that may change."""
-    steps: int = 16
+    steps: int = 32
     """Into how many steps the way to the forget level is parted, evenly in log-odds."""
-    refit_every: int = 4
+    refit_every: int = 8
     """Steps between two measurements of the curvature."""
     damping: float | None = None
-    """In units of the mean eigenvalue; None: chosen on held-out retain rows whenever the curvature is measured."""
+    """In units of the mean eigenvalue; None: whenever the curvature is measured, the largest that does held-out retain
+    rows no harm, or else the one that harms them least."""
     absolute_damping: bool = False
     """Take `damping` as it is."""
     forget_loss: ForgetLoss = "unlikelihood"
@@ -48,7 +49,7 @@ class KFade(Method):
     coupled: bool = True
     draws: int = 1
     """Labels sampled at every target when curvature is measured."""
-    tokens_per_step: int = 16_384
+    tokens_per_step: int = 4096
     """Retain tokens on which a step is coupled and pulled back; the curvature is measured on all."""
     keep_curvature: bool = False
     """Keep the start model's curvature in the user's cache folder: another request with its retain rows reuses it."""

@@ -16,16 +16,16 @@ RIDGE = 0.1
 """Added to the measured [k, k] matrix, as a share of its diagonal: it is an estimate from sampled labels."""
 
 
-def lengths(fisher: Tensor, overlaps: Tensor, slopes: Tensor, damping: float) -> Tensor:
-    """[k] x = (F + damping * overlaps + ridge)^-1 slopes: the Gauss-Newton step within the span of k directions.
+def lengths(fisher: Tensor, slopes: Tensor) -> Tensor:
+    """[k] x = (F + ridge)^-1 slopes: the Gauss-Newton step within the span of k directions.
+
+    No damping: within the span nothing is left out of F, and adding some would undo what the coupling is for.
 
     Args:
         fisher: [k, k] D_i' F D_j.
-        overlaps: [k, k] D_i' D_j, so that damping means what it means for the whole space.
         slopes: [k] inner products of the directions with the gradient to follow.
-        damping: absolute.
     """
-    system = fisher + damping * overlaps + RIDGE * torch.diag(fisher.diagonal())
+    system = fisher + RIDGE * torch.diag(fisher.diagonal())
     least = 1e-12 * system.diagonal().max().clamp(min=1e-200)  # directions of zeros have length 0, not none
     return torch.linalg.solve(system + least * torch.eye(len(system), dtype=system.dtype), slopes)
 
@@ -33,11 +33,6 @@ def lengths(fisher: Tensor, overlaps: Tensor, slopes: Tensor, damping: float) ->
 def inner(left: Direction, right: Direction) -> float:
     """Sum of products over the matrices that both have, in fp64."""
     return sum((left[name].double() * right[name].double()).sum().item() for name in left if name in right)
-
-
-def overlaps(directions: Sequence[Direction]) -> Tensor:
-    """[k, k] inner products."""
-    return torch.tensor([[inner(left, right) for right in directions] for left in directions], dtype=torch.float64)
 
 
 def unit(direction: Direction) -> Direction:
