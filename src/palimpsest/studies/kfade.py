@@ -66,6 +66,7 @@ CELLS = (
 FURTHER_STEPS, FURTHER_RATE = 200, 1e-4
 """Of training after unlearning."""
 RELEARN_ROWS = 20
+"""Forget rows to relearn from, at most half of them."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,8 @@ class _Cells:
     def _relearned(self) -> Cell:
         """Train unlearned and gold on a few forget rows: does the rest come back?"""
         request = self.setting.request
-        seen, rest = request.forget[:RELEARN_ROWS], request.forget[RELEARN_ROWS:]
+        n_seen = min(RELEARN_ROWS, len(request.forget) // 2)
+        seen, rest = request.forget[:n_seen], request.forget[n_seen:]
         unlearned = Update.load(self.folder / "update-kfade").apply(self.setting.original.copy())
         cell: Cell = {}
         for name, model in (("unlearned", unlearned), ("gold", self.setting.gold)):
