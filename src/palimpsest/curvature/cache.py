@@ -51,7 +51,7 @@ class BlockCache:
         path = self.path(group)
         try:
             with safe_open(path, "pt", device=str(device)) as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: it is no mapping
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
                 places = json.loads((file.metadata() or {})["places"])
             return {
                 matrix.name: _block({part: tensors[at] for part, at in places[matrix.name].items()}) for matrix in group

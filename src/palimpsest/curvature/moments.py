@@ -18,7 +18,7 @@ from palimpsest.data.batches import Encoded
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.progress import Ticker
 
-CHUNK = 2**24
+CHUNK = 2**22
 """Entries of [rows, out, in] held at a time."""
 
 
@@ -38,15 +38,17 @@ def collect_moments(
     device, dtype = model.device, torch.promote_types(model.network.dtype, torch.float32)
     moments = {matrix.name: torch.zeros(matrix.shape, dtype=dtype, device=device) for matrix in chosen}
     lengths: list[int] = []
+    rotation, rotated = None, torch.empty(0)
 
     def see(matrix: Matrix, activations: Tensor, gradients: Tensor) -> None:
+        nonlocal rotation, rotated
         block, total = basis[matrix.name], moments[matrix.name]
-        read = with_ones(activations) if matrix.has_bias else activations
-        read, back = read.to(dtype), gradients.to(dtype)
         # Rotating the vectors is cheaper than rotating each row's gradient while rows are shorter than matrices wide.
-        read = read if block.q_in is None else read @ block.q_in
-        back = back if block.q_out is None else back @ block.q_out
-        add_squares(total, back, read, lengths)
+        if block.q_in is None or block.q_in is not rotation:  # else query, key and value, or gate and up, in a row
+            read = (with_ones(activations) if matrix.has_bias else activations).to(dtype)
+            rotation, rotated = block.q_in, read if block.q_in is None else read @ block.q_in
+        back = gradients.to(dtype)
+        add_squares(total, back if block.q_out is None else back @ block.q_out, rotated, lengths)
 
     with tapped(model, chosen, see) as forward:
         for batch in workers.batches(encoded, batch_size):
@@ -54,6 +56,7 @@ def collect_moments(
             predictions = forward(batch)
             lengths = carrying(batch).sum(1).tolist()
             for draw in range(draws):
+                rotation = None
                 gradient = sampled_label_gradient(predictions.logits, uniforms(batch, seed, draw))
                 predictions.logits.backward(gradient, retain_graph=draw + 1 < draws)
             ticker.advance(int(batch.attention.sum()))
