@@ -312,7 +312,10 @@ def unseen_kl(trained, update) -> float:
 
 
 def test_it_costs_unseen_rows_less_than_half_of_what_ascent_with_a_kl_term_does(trained, level: Stop) -> None:
-    """At gold's forget level, its mean over two seeds against the best of a grid (research digest, 4.5, test 15)."""
+    """At gold's forget level, its worst of two seeds against the best of a grid (research digest, 4.5, test 15).
+
+    The matrices by themselves, as the digest has them: six people's rows are too few to couple them by.
+    """
     first_order = []
     for weight in (1.0, 10.0, 50.0):
         for rate in (3e-4, 1e-3):
@@ -320,9 +323,10 @@ def test_it_costs_unseen_rows_less_than_half_of_what_ascent_with_a_kl_term_does(
             update = method.run(trained.full, trained.request, level)
             if update.provenance["stopped"].startswith("the forget set was down"):
                 first_order.append(unseen_kl(trained, update))
-    ours = [unseen_kl(trained, KFade(seed=seed).run(trained.full, trained.request, level)) for seed in (0, 1)]
+    methods = [KFade(seed=seed, steps=16, refit_every=4, damping=3.0, coupled=False) for seed in (0, 1)]
+    ours = [unseen_kl(trained, method.run(trained.full, trained.request, level)) for method in methods]
     assert len(first_order) >= 3
-    assert sum(ours) / 2 < min(first_order) / 2, (ours, first_order)
+    assert max(ours) < min(first_order) / 2, (ours, first_order)
 
 
 def test_the_papers_preset_takes_one_step(trained, level: Stop) -> None:
