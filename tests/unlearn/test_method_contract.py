@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import FrozenInstanceError
 
 import pytest
-from toy_request import same_weights, weights_of
+from toy_request import Recording, same_weights, weights_of
 
 from palimpsest.errors import TrainingError
 from palimpsest.metrics.likelihood import answer_probability
@@ -21,20 +21,6 @@ every_descent = pytest.mark.parametrize("name", DESCENTS)
 BUDGET = 200
 """Steps within which every method must bring the organism down to gold's level, all descents at the same rate."""
 SHORT = Stop(4, 0.01, measure_every=2)
-
-
-class Recording:
-    """A tokenizer that keeps what it was asked to encode."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.texts = tokenizer, []
-
-    def __call__(self, texts, **settings):
-        self.texts.extend(texts)
-        return self.tokenizer(texts, **settings)
-
-    def __getattr__(self, name):
-        return getattr(self.tokenizer, name)
 
 
 @pytest.fixture(scope="module")

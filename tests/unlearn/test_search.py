@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_request import same_weights, toy_model, toy_request
+from toy_request import Recording, same_weights, toy_model, toy_request
 
 from palimpsest.errors import EvidenceError, SpecError, StorageError, TrainingError, UpdateError
 from palimpsest.metrics.likelihood import answer_probability
@@ -340,17 +340,6 @@ def test_what_a_space_proposes_makes_a_method(name):
 
 
 def test_a_real_search_meets_the_level_and_never_reads_the_unseen_rows(organism):
-    class Recording:
-        def __init__(self, tokenizer):
-            self.tokenizer, self.texts = tokenizer, []
-
-        def __call__(self, texts, **settings):
-            self.texts.extend(texts)
-            return self.tokenizer(texts, **settings)
-
-        def __getattr__(self, name):
-            return getattr(self.tokenizer, name)
-
     request, before = organism.request, organism.full.fingerprint()
     recording = Recording(organism.full.tokenizer)
     spied = LanguageModel(organism.full.network, recording, organism.full.anatomy)

@@ -100,3 +100,17 @@ def toy_update(model: LanguageModel, seed: int = 1, *, size: float = 0.1, only: 
         for name, value in before.items()
     }
     return Update.between(before, after, {"method": {"name": f"toy {seed}"}, "base_weights": model.weights_hash()})
+
+
+class Recording:
+    """A tokenizer that keeps what it was asked to encode."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.texts = tokenizer, []
+
+    def __call__(self, texts, **settings):
+        self.texts.extend(texts)
+        return self.tokenizer(texts, **settings)
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)

@@ -246,13 +246,14 @@ class _Climb:
         solved = {name: self.curvature.blocks[name].solve(matrix, damping) for name, matrix in gradient.items()}
         for name, step in solved.items():
             if not torch.isfinite(step).all():
-                raise self._broken(f"the step in {name} is not finite: its curvature is singular at this damping")
+                what = f"the step in {name} is not finite: its curvature is singular at this damping"
+                raise self._broken(what, "Raise the damping")
         return solved
 
     # -- its length ---------------------------------------------------------------------------------------------------
 
-    def _take(self, step: _Step, goal: float, tolerance: float) -> float:
-        """Go along the step until the forget set's log-odds are down to the goal; gives the length."""
+    def _take(self, step: _Step, goal: float, tolerance: float) -> None:
+        """Go along the step until the forget set's log-odds are down to the goal."""
         before = copied(self.parameters)
 
         def log_odds(length: float) -> float:
@@ -264,7 +265,6 @@ class _Climb:
         length = meet(log_odds, goal, guess, tolerance=tolerance, largest=scale * math.sqrt(FARTHEST_KL))
         self._put(before, step, length)
         self.guess = length
-        return length
 
     def _goal(self) -> float:
         """Log-odds of the forget probability after this step."""
@@ -340,8 +340,8 @@ class _Climb:
                 raise self._broken(f"the {what} is {value}")
         return now
 
-    def _broken(self, what: str) -> TrainingError:
-        remedy = (
+    def _broken(self, what: str, remedy: str = "") -> TrainingError:
+        remedy = remedy or (
             "Part the way into more steps, or raise the damping"
             if self.step
             else "No step was taken yet, so the model's own weights are damaged; restore them"
