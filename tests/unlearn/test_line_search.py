@@ -115,3 +115,13 @@ def test_what_never_falls_that_far_is_taken_as_far_as_is_allowed(guess: float) -
     counting = Counting(lambda x: 2 - x / 10)
     assert meet(counting, 0.0, guess, tolerance=0.1, largest=6.0) == 6
     assert max(counting.asked) == 6 and counting.asked.count(6.0) == 1
+
+
+@pytest.mark.parametrize("guess", [0.3, 0.9, 3.0, 70.0])
+def test_a_step_never_ends_higher_than_it_began(guess: float) -> None:
+    """Where the goal is out of reach, and far out everything is worse than at the start."""
+    bowl = Counting(lambda x: 1 + (x - 1) ** 2)
+    length = meet(bowl, 0.0, guess, tolerance=0.1, largest=100.0)
+    assert 0 < length < 2 and bowl.function(length) == min(map(bowl.function, bowl.asked))
+    rising = Counting(lambda x: 1 + x)
+    assert meet(rising, 0.0, guess, tolerance=0.1, largest=100.0) == 0

@@ -4,13 +4,16 @@ from collections.abc import Callable
 
 NARROWINGS = 30
 """Evaluations at most, once the goal is bracketed."""
+HALVINGS = 10
+"""Of a guess at which the value is no lower than at 0."""
 
 
 def meet(value: Callable[[float], float], goal: float, guess: float, *, tolerance: float, largest: float) -> float:
     """A step length at which `value` is at or below `goal`, with little to spare: `goal - tolerance <= value <= goal`.
 
     The guess is doubled until the goal is bracketed, then false position (Illinois: Dowell & Jarratt 1971) narrows the
-    bracket. 0 where the goal is met at once; `largest` where it is not met within that.
+    bracket. 0 where the goal is met at once. Where it is not met: `largest`, or the last length before the value rises
+    again; 0 where it rises from the start.
 
     Args:
         value: the quantity at a step length.
@@ -24,11 +27,21 @@ def meet(value: Callable[[float], float], goal: float, guess: float, *, toleranc
         return 0.0
     high = min(guess, largest)
     at_high = value(high) - goal
+    for _ in range(HALVINGS):
+        if at_high <= at_low:
+            break
+        high /= 2
+        at_high = value(high) - goal
+    else:
+        return 0.0
     while at_high > 0:
         if high >= largest:
             return high
-        low, at_low, high = high, at_high, min(2 * high, largest)
-        at_high = value(high) - goal
+        further = min(2 * high, largest)
+        at_further = value(further) - goal
+        if at_further > at_high:
+            return high
+        low, at_low, high, at_high = high, at_high, further, at_further
     to_spare, moved = -at_high, ""
     for _ in range(NARROWINGS):
         if to_spare <= tolerance:
