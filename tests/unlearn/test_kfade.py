@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_request import same_weights, toy_model, toy_request, weights_of
 
+from palimpsest.curvature.curvature import RetainCurvature
+from palimpsest.data.batches import encode
 from palimpsest.data.records import Choice
 from palimpsest.errors import ModelError, SpecError, TrainingError
 from palimpsest.metrics.divergence import kl_per_item
@@ -190,14 +192,41 @@ def test_the_model_is_left_as_it_was(end: str, toy, monkeypatch: pytest.MonkeyPa
 
 def test_curvature_is_kept_for_the_next_request(toy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PALIMPSEST_CACHE", str(tmp_path))
-    method = replace(QUICK, keep_curvature=True)
+    method = replace(QUICK, keep_curvature=True, forget_copies=0)
     first = method.run(toy, REQUEST, Stop(1, 0.004))
     assert len(list((tmp_path / "curvature").iterdir())) == 1
     again = method.run(toy, REQUEST, Stop(1, 0.004))
     method.run(toy, replace(REQUEST, forget=REQUEST.forget[:3]), Stop(1, 0.004))
     assert len(list((tmp_path / "curvature").iterdir())) == 1
     assert same_weights(first.delta, again.delta)
-    assert same_weights(first.delta, QUICK.run(toy, REQUEST, Stop(1, 0.004)).delta)
+    assert same_weights(first.delta, replace(QUICK, forget_copies=0).run(toy, REQUEST, Stop(1, 0.004)).delta)
+
+
+def test_forget_rows_are_among_those_whose_curvature_is_measured(toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def fit(model, texts, **settings):
+        measured.append([row.ids for row in texts])
+        return RetainCurvature.fit(model, texts, **settings)
+
+    monkeypatch.setattr(climb, "RetainCurvature", SimpleNamespace(fit=fit))
+    for copies in (0, 2):
+        replace(QUICK, forget_copies=copies).run(toy, REQUEST, Stop(1, 0.004))
+    retain, both = measured
+    forget = [row.ids for row in encode(REQUEST.forget, toy.tokenizer)]
+    assert both == [*retain, *forget, *forget] and not any(ids in retain for ids in forget)
+
+
+def test_every_pull_back_is_on_retain_rows_of_its_own(toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, pull_back = [], climb._Climb._pull_back
+
+    def pulling(run):
+        seen.append(frozenset(tuple(row.ids) for row in run.retain_now.encoded))
+        pull_back(run)
+
+    monkeypatch.setattr(climb._Climb, "_pull_back", pulling)
+    replace(QUICK, pull_backs=3, tokens_per_step=40).run(toy, REQUEST, Stop(3, 0.004))
+    assert len(seen) == 2 * 3 and len(set(seen)) > 3
 
 
 # Interrupted and resumed.
@@ -246,6 +275,8 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_from(toy, tmp_path) -> No
         ({"absolute_damping": True}, "kfade: absolute_damping needs a damping"),
         ({"steps": 0}, "kfade: steps is 0; it must be above 0"),
         ({"draws": 0}, "kfade: draws is 0; it must be above 0"),
+        ({"pull_backs": -1}, "kfade: pull_backs is -1; it cannot be below 0"),
+        ({"forget_copies": -1}, "kfade: forget_copies is -1; it cannot be below 0"),
     ],
 )
 def test_settings_that_mean_nothing(settings: dict, says: str) -> None:

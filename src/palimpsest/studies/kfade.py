@@ -54,7 +54,8 @@ VARIANTS: dict[str, KFade] = {
     "identity": KFade(curvature="identity"),
     "nll": KFade(forget_loss="nll"),
     "uncoupled": KFade(coupled=False),
-    "no_pull_back": KFade(pull_back=False),
+    "retain_curvature": KFade(forget_copies=0),
+    "no_pull_back": KFade(pull_backs=0),
 }
 CELLS = (
     "controls",

@@ -141,11 +141,13 @@ class _Climb:
     # -- one step ---------------------------------------------------------------------------------------------------
 
     def _climb_once(self) -> None:
-        uphill, self.retain_now = self._uphill(), self._retain_of_this_step()
+        uphill, self.retain_now = self._uphill(), self._some_retain_rows(0)
         if self.step % self.method.refit_every == 0:
             self._measure_curvature(uphill)
-        if self.method.pull_back and self.step > 0:
-            self._pull_back()
+        if self.method.pull_backs and self.step > 0:
+            for pull_back in reversed(range(self.method.pull_backs)):  # the last on the rows that the step is coupled on
+                self.retain_now = self._some_retain_rows(pull_back)
+                self._pull_back()
             uphill = self._uphill()
         chosen = self._step_along(uphill, self._damping())
         self._take(chosen, self._goal(), self._tolerance())
@@ -161,11 +163,12 @@ class _Climb:
 
         return self._downhill(losses())
 
-    def _retain_of_this_step(self) -> ReferenceLogprobs:
-        """The retain rows that this step looks at, with the start model's predictions on them."""
+    def _some_retain_rows(self, pull_back: int) -> ReferenceLogprobs:
+        """Retain rows for a part of this step, with the start model's predictions on them."""
         room = self.method.tokens_per_step
         rows: list[int] = []
-        for row in epoch_order(len(self.kept.encoded), self.step, self.method.seed):
+        draw = self.step * max(1, self.method.pull_backs) + pull_back
+        for row in epoch_order(len(self.kept.encoded), draw, self.method.seed):
             room -= len(self.kept.encoded[row].ids)
             if room < 0 and rows:
                 break
@@ -290,7 +293,7 @@ class _Climb:
             return
         self.curvature = RetainCurvature.fit(
             self.model,
-            self.retain,
+            [*self.retain, *self.forget * method.forget_copies],
             modules=method.modules,
             kind=method.curvature,
             seed=method.seed + self.step,

@@ -24,13 +24,15 @@ class KFade(Method):
 
     A step d costs about d' F d / 2 nats on the retain set, so this direction forgets most for what it costs. There is
     no learning rate: each step is as long as brings the forget set to its share of the way, by a measured line search.
-    Ours, beyond the paper: a forget loss that lets go of a token once it is forgotten (`forget_loss`); lengths of the
-    matrices' directions from one system that couples them (`coupled`); a step back towards the start model's
-    predictions on retain rows before each step uphill (`pull_back`); damping chosen on held-out retain rows.
+    Ours, beyond the paper: a forget loss that lets go of a token once it is forgotten (`forget_loss`); the forget rows
+    in the curvature too, so that what they have in common, and share with their neighbours, is not what moves most
+    (`forget_copies`); lengths of the matrices' directions from one system that couples them (`coupled`); steps back
+    towards the start model's predictions on retain rows before each step uphill (`pull_backs`); damping chosen on
+    held-out retain rows.
     """
 
     name: ClassVar[str] = "kfade"
-    source: ClassVar[str] = "K-FADE, arXiv 2602.10568; unlikelihood, coupling and pull-back are ours"
+    source: ClassVar[str] = "K-FADE, arXiv 2602.10568; unlikelihood, forget rows' curvature, coupling, pull-back: ours"
 
     curvature: Curvature = "kfac"
     modules: tuple[str, ...] = ("*",)
@@ -45,14 +47,18 @@ class KFade(Method):
     absolute_damping: bool = False
     """Take `damping` as it is."""
     forget_loss: ForgetLoss = "unlikelihood"
-    pull_back: bool = True
+    forget_copies: int = 1
+    """How often each forget row stands beside the retain rows when curvature is measured; 0: the paper's curvature."""
+    pull_backs: int = 1
+    """Steps back before each step uphill, each on retain rows of its own."""
     coupled: bool = True
     draws: int = 1
     """Labels sampled at every target when curvature is measured."""
     tokens_per_step: int = 4096
     """Retain tokens on which a step is coupled and pulled back; the curvature is measured on all."""
     keep_curvature: bool = False
-    """Keep the start model's curvature in the user's cache folder: another request with its retain rows reuses it."""
+    """Keep the start model's curvature in the user's cache folder, for another run on the same rows; without
+    `forget_copies`, for every request with the same retain rows."""
     batch_size: int = 32
     """Rows at a time; it never changes what is computed, only its memory."""
 
@@ -67,6 +73,9 @@ class KFade(Method):
             )
         if self.forget_loss not in get_args(ForgetLoss):
             raise SpecError(f"{self.name}: forget_loss {self.forget_loss!r} is unknown; choose unlikelihood or nll")
+        for setting in ("forget_copies", "pull_backs"):
+            if getattr(self, setting) < 0:
+                raise SpecError(f"{self.name}: {setting} is {getattr(self, setting)}; it cannot be below 0")
         if self.damping is None and self.absolute_damping:
             raise SpecError(f"{self.name}: absolute_damping needs a damping")
         if self.damping is not None:
@@ -113,5 +122,6 @@ class KFadePaper(KFade):
     damping: float | None = 1e-8
     absolute_damping: bool = True
     forget_loss: ForgetLoss = "nll"
-    pull_back: bool = False
+    forget_copies: int = 0
+    pull_backs: int = 0
     coupled: bool = False
