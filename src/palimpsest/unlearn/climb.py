@@ -145,7 +145,9 @@ class _Climb:
         if self.step % self.method.refit_every == 0:
             self._measure_curvature(uphill)
         if self.method.pull_backs and self.step > 0:
-            for pull_back in reversed(range(self.method.pull_backs)):  # the last on the rows that the step is coupled on
+            for pull_back in reversed(
+                range(self.method.pull_backs)
+            ):  # the last on the rows that the step is coupled on
                 self.retain_now = self._some_retain_rows(pull_back)
                 self._pull_back()
             uphill = self._uphill()
