@@ -61,9 +61,10 @@ def test_one_that_fails_stops_the_others_and_its_own_error_is_raised(tmp_path, c
 
 
 def test_one_that_dies_is_said_so_and_one_that_ends_has_ended(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
     message = "training is killed: its process died with exit code -9 (-9: killed, often for want of memory); run again"
     with pytest.raises(TrainingError, match="^" + re.escape(message)):
         side_by_side({"training is killed": Task("is killed", tmp_path)})
     side_by_side({"training ends": Task("ends", tmp_path)})
     assert (tmp_path / "ends-ended").exists() and not (tmp_path / "is killed-ended").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before

@@ -49,6 +49,17 @@ def test_an_unfinished_seed_is_left_out() -> None:
     assert claim.seeds == 0 and claim.estimate is None
 
 
+def test_whichever_cell_is_missing_the_others_are_judged() -> None:
+    again = {"before": {"forget": 0.8}, "searched": {"forget": 0.1, "kl_unseen": 0.2}}
+    relearned = {"unlearned": {"before": 0.1, "after": 0.5}, "gold": {"before": 0.1, "after": 0.2}}
+    whole = seed_of(0.1, {"reapplied_retain": again, "relearned": relearned, "ekfac": cell(0.2)})
+    tested = {name for name, claim in judged({0: whole}).items() if claim.seeds}
+    for missing in whole:
+        rest = {name: cell for name, cell in whole.items() if name != missing}
+        still = {name for name, claim in judged({0: rest}).items() if claim.seeds}
+        assert still < tested
+
+
 def test_reapplying_is_judged_by_the_share_of_the_first_forgetting() -> None:
     def again(forget: float) -> study.Cell:
         return {"before": {"forget": 0.8}, "searched": {"forget": forget, "kl_unseen": 0.2}}

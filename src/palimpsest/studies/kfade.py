@@ -297,7 +297,7 @@ def _against_variant(regime: str, cells: Mapping[int, Mapping[str, Cell]], name:
 def _reapplies(regime: str, cells: Mapping[int, Mapping[str, Cell]], text: str) -> Claim:
     shares, prices = [], []
     for seed in cells.values():
-        if (cell := seed.get(f"reapplied_{text}")) and "kfade" in seed:
+        if (cell := seed.get(f"reapplied_{text}")) and {"kfade", "controls"} <= seed.keys():
             first = seed["controls"]["original"]["forget"] - seed["kfade"]["forget"]
             shares.append((cell["before"]["forget"] - cell["searched"]["forget"]) / first)
             prices.append(cell["searched"]["kl_unseen"] / seed["kfade"]["kl_unseen"])
