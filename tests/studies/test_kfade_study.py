@@ -1,5 +1,6 @@
 """The study of K-FADE: its judgement on made-up cells, and a run from end to end in a world of the suite's size."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,8 @@ def test_a_study_from_end_to_end_measures_nothing_twice(small, tmp_path: Path, m
     claims = {claim.id: claim for claim in study.run(plan)}
     assert {"a/people", "b/people", "c/people/retain", "c/people/new", "d/people/identity", "e/people"} == set(claims)
     assert all(claims[name].seeds == 2 for name in ("b/people", "c/people/retain", "c/people/new", "e/people"))
-    assert len(list((tmp_path / "people" / "seed-0").glob("*.json"))) == 8
+    kept = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "people" / "seed-0").glob("*.json")}
+    assert len(kept) == 8
+    assert kept["controls"]["original"]["kl_unseen"] == 0 < kept["controls"]["sham"]["kl_unseen"]
     monkeypatch.setitem(REGIMES, "people", None)  # asking it again would fail
     assert {claim.id: claim for claim in study.run(plan)} == claims

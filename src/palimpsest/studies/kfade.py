@@ -138,7 +138,9 @@ class _Cells:
         return cell
 
     def _controls(self) -> Cell:
-        return {"original": self._measured(self.setting.original), "gold": self._measured(self.setting.gold)}
+        sham = self._trained_further(self.setting.original, self.setting.request.retain)
+        models = {"original": self.setting.original, "gold": self.setting.gold, "sham": sham}
+        return {name: self._measured(model) for name, model in models.items()}
 
     def _variant(self, method: KFade) -> Cell:
         update = replace(method, seed=self.seed).run(self.setting.original, self.setting.request, self.stop)

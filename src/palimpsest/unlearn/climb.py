@@ -145,10 +145,9 @@ class _Climb:
         if self.step % self.method.refit_every == 0:
             self._measure_curvature(uphill)
         if self.method.pull_backs and self.step > 0:
-            for pull_back in reversed(
-                range(self.method.pull_backs)
-            ):  # the last on the rows that the step is coupled on
-                self.retain_now = self._some_retain_rows(pull_back)
+            for pull_back in range(self.method.pull_backs):
+                if pull_back > 0:
+                    self.retain_now = self._some_retain_rows(pull_back)
                 self._pull_back()
             uphill = self._uphill()
         chosen = self._step_along(uphill, self._damping())
