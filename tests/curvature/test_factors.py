@@ -26,6 +26,7 @@ from tests.models.tiny_families import tiny_tokenizer
 from torch import Tensor, nn
 
 from palimpsest.curvature import factors as factors_module
+from palimpsest.curvature import taps
 from palimpsest.curvature.factors import Factors, add_gram
 from palimpsest.curvature.modules import Matrix, matrices
 from palimpsest.curvature.taps import uniforms
@@ -62,13 +63,11 @@ def test_a_deep_linear_net_with_a_squared_loss_is_exact_and_one_with_tanh_is_not
 ) -> None:
     """The Gauss-Newton matrix of |y|^2 / 2 is the mean of J'J; one draw for each output gives it without sampling."""
 
-    def unit(logits: Tensor, draws: Tensor) -> Tensor:
+    def unit(logits: Tensor, draws: Tensor, out: Tensor) -> Tensor:
         return nn.functional.one_hot(draws.long(), logits.shape[1]).to(logits)
 
-    monkeypatch.setattr(
-        factors_module, "uniforms", lambda batch, seed, draw: torch.full((int(batch.targets.sum()),), draw)
-    )
-    monkeypatch.setattr(factors_module, "sampled_label_gradient", unit)
+    monkeypatch.setattr(taps, "uniforms", lambda batch, seed, draw: torch.full((int(batch.targets.sum()),), draw))
+    monkeypatch.setattr(taps, "sampled_label_gradient", unit)
     rows = small_rows([(length, 1, length) for length in (2, 5, 3, 4)])
     errors = {}
     for activation in (nn.Identity(), nn.Tanh()):

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from tests.curvature.dense_fisher import N_CARRYING, small_model, small_rows
-from tests.models.tiny_families import n_hooks
+from tests.models.tiny_families import DENSE, n_hooks, tiny_batch, tiny_model
 from torch.utils.checkpoint import checkpoint
 
 from palimpsest.curvature import taps
 from palimpsest.curvature.curvature import RetainCurvature
 from palimpsest.curvature.modules import matrices
-from palimpsest.curvature.taps import carrying, sampled_label_gradient, tapped, uniforms
+from palimpsest.curvature.taps import backward, carrying, sampled_label_gradient, tapped, uniforms
 from palimpsest.data.batches import Batch, Encoded, collate
 from palimpsest.errors import TrainingError
 from palimpsest.models.language_model import LanguageModel
@@ -118,6 +118,19 @@ def test_the_label_gradient_is_autograds_in_chunks_of_any_size(chunk: int, monke
     torch.testing.assert_close(sampled_label_gradient(logits, points), logits.grad, rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("family", DENSE)
+def test_a_gradient_written_over_the_logits_is_the_gradient(family: str) -> None:
+    """The backward pass of the last operation, a soft cap or a scale in some families, must not need its result."""
+    model, batch = tiny_model(family), tiny_batch(5, 3, 7)
+    hidden: list[list[torch.Tensor]] = []
+    for last in (False, True):
+        gradients: list[torch.Tensor] = []
+        with tapped(model, matrices(model), lambda _, inputs, slopes, to=gradients: to.append(slopes)) as forward:
+            backward(forward(batch).logits, batch, 0, 0, last=last)
+        hidden.append(gradients)
+    assert hidden[0] and all(torch.equal(apart, over) for apart, over in zip(*hidden, strict=True))
+
+
 def collected(model: LanguageModel, *, draws: int = 2) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
     """By matrix, what `see` was called with."""
     seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -125,7 +138,7 @@ def collected(model: LanguageModel, *, draws: int = 2) -> dict[str, list[tuple[t
     with tapped(model, matrices(model), lambda m, a, g: seen.setdefault(m.name, []).append((a, g))) as forward:
         logits = forward(batch).logits
         for draw in range(draws):
-            logits.backward(sampled_label_gradient(logits, uniforms(batch, 0, draw)), retain_graph=draw + 1 < draws)
+            backward(logits, batch, 0, draw, last=draw + 1 == draws)
     return seen
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.curvature.modules import Matrix
-from palimpsest.curvature.taps import sampled_label_gradient, tapped, uniforms
+from palimpsest.curvature.taps import backward, tapped
 from palimpsest.curvature.workers import Workers
 from palimpsest.data.batches import Encoded
 from palimpsest.errors import TrainingError
@@ -75,8 +75,7 @@ def collect_factors(
             batch = batch.to(device)
             logits = forward(batch).logits
             for draw in range(draws):
-                gradient = sampled_label_gradient(logits, uniforms(batch, seed, draw))
-                logits.backward(gradient, retain_graph=draw + 1 < draws)
+                backward(logits, batch, seed, draw, last=draw + 1 == draws)
             ticker.advance(int(batch.attention.sum()))
     workers.add([*inputs.values(), *outputs.values()])
     n_targets, n_carrying = sum(row.n_targets for row in encoded), sum(row.stop - 1 for row in encoded)

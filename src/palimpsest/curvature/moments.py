@@ -12,7 +12,7 @@ from torch import Tensor
 from palimpsest.curvature.blocks import Block
 from palimpsest.curvature.factors import with_ones
 from palimpsest.curvature.modules import Matrix
-from palimpsest.curvature.taps import carrying, sampled_label_gradient, tapped, uniforms
+from palimpsest.curvature.taps import backward, carrying, tapped
 from palimpsest.curvature.workers import Workers
 from palimpsest.data.batches import Encoded
 from palimpsest.models.language_model import LanguageModel
@@ -53,12 +53,11 @@ def collect_moments(
     with tapped(model, chosen, see) as forward:
         for batch in workers.batches(encoded, batch_size):
             batch = batch.to(device)
-            predictions = forward(batch)
+            logits = forward(batch).logits
             lengths = carrying(batch).sum(1).tolist()
             for draw in range(draws):
                 rotation = None
-                gradient = sampled_label_gradient(predictions.logits, uniforms(batch, seed, draw))
-                predictions.logits.backward(gradient, retain_graph=draw + 1 < draws)
+                backward(logits, batch, seed, draw, last=draw + 1 == draws)
             ticker.advance(int(batch.attention.sum()))
     workers.add(moments.values())
     n_targets = sum(row.n_targets for row in encoded)

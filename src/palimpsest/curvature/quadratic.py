@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from palimpsest.curvature.modules import Matrix
-from palimpsest.curvature.taps import carrying, sampled_label_gradient, tapped, uniforms
+from palimpsest.curvature.taps import backward, carrying, tapped
 from palimpsest.data.batches import Batch, Encoded, batches
 from palimpsest.models.language_model import LanguageModel, evaluating
 from palimpsest.models.scoring import predict
@@ -60,8 +60,7 @@ def coupling(
             rows = torch.repeat_interleave(carrying(batch).sum(1))
             for draw in range(draws):
                 places = torch.tensor(batch.rows) * draws + draw
-                gradient = sampled_label_gradient(logits, uniforms(batch, seed, draw))
-                logits.backward(gradient, retain_graph=draw + 1 < draws)
+                backward(logits, batch, seed, draw, last=draw + 1 == draws)
             n_targets += len(logits)
     return products.T @ products / (n_targets * draws)
 

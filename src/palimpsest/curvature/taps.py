@@ -22,7 +22,7 @@ from palimpsest.models.scoring import Predictions, predict
 See = Callable[[Matrix, Tensor, Tensor], None]
 """Called with a matrix, its inputs [P, in] and output gradients [P, out] at the P carrying positions, row by row."""
 
-CHUNK = 2**22
+CHUNK = 2**20
 """Entries of [tokens, vocabulary] worked on at a time."""
 BUCKET = 64
 """Neighbours in the vocabulary that a label is first looked for as one."""
@@ -97,7 +97,16 @@ def uniforms(batch: Batch, seed: int, draw: int = 0) -> Tensor:
     return torch.from_numpy(np.concatenate(streams))
 
 
-def sampled_label_gradient(logits: Tensor, draws: Tensor) -> Tensor:
+def backward(logits: Tensor, batch: Batch, seed: int, draw: int, *, last: bool) -> None:
+    """Backward from a batch's logits for one draw of labels; after the last, the logits are spent.
+
+    They are as large as all activations together, so the last draw's gradient is written over them.
+    """
+    out = logits.detach() if last else torch.empty_like(logits)
+    logits.backward(sampled_label_gradient(logits, uniforms(batch, seed, draw), out), retain_graph=not last)
+
+
+def sampled_label_gradient(logits: Tensor, draws: Tensor, out: Tensor | None = None) -> Tensor:
     """[N, V] d/dlogits of -log p(label), labels drawn from the model: p - onehot(label).
 
     Labels are drawn from the model, never taken from the rows: the second moment of this gradient is then the Fisher
@@ -106,11 +115,12 @@ def sampled_label_gradient(logits: Tensor, draws: Tensor) -> Tensor:
     Args:
         logits: [N, V].
         draws: [N] uniform in [0, 1).
+        out: [N, V] takes the result; it may be the logits' own memory.
 
     Raises:
         TrainingError: a logit that is not finite.
     """
-    gradient = torch.empty_like(logits)
+    gradient = torch.empty_like(logits) if out is None else out
     step = max(1, CHUNK // logits.shape[1])
     for first in range(0, len(logits), step):
         part = slice(first, first + step)
