@@ -82,6 +82,15 @@ def test_variants_nearness_and_relearning_are_judged() -> None:
     assert claims["e/people"].estimate == pytest.approx(0.3)
 
 
+def test_what_is_left_in_other_words_is_held_against_the_same_first_order_method() -> None:
+    theirs = {name: cell(0.4) | {"reworded": 0.3} for name in FIRST_ORDER} | {"npo": cell(0.2) | {"reworded": 0.1}}
+    seed = seed_of(0.1, theirs)
+    assert judged({0: seed})["f/people"].seeds == 0  # a regime without other wordings
+    seed["kfade"]["reworded"] = 0.2
+    claim = judged({0: seed, 1: seed})["f/people"]
+    assert claim.estimate == pytest.approx(2.0) and claim.verdict == "contradicted"
+
+
 def test_without_wikitext_the_topic_regime_says_what_it_needs(tmp_path: Path) -> None:
     for data in (None, tmp_path):
         with pytest.raises(DataError, match="WikiText-2 is needed here; give the folder that holds wikitext2/"):
@@ -105,7 +114,7 @@ def small(trained, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_study_from_end_to_end_measures_nothing_twice(small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = study.Plan((0, 1), ("people",), 1, 60, None, tmp_path)
     claims = {claim.id: claim for claim in study.run(plan)}
-    assert {"a/people", "b/people", "c/people/retain", "c/people/new", "d/people/identity", "e/people"} == set(claims)
+    assert {"c/people/retain", "c/people/new", "d/people/identity"} | {f"{c}/people" for c in "abef"} == set(claims)
     assert all(claims[name].seeds == 2 for name in ("b/people", "c/people/retain", "c/people/new", "e/people"))
     kept = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "people" / "seed-0").glob("*.json")}
     assert len(kept) == 8
