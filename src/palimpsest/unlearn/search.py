@@ -49,6 +49,7 @@ _RATE_AND_BATCH: Space = {"learning_rate": Between(1e-5, 3e-3), "batch_size": (4
 _RETAIN: Space = {"retain_weight": Between(0.1, 100), "retain_term": ("nll", "kl")}
 
 SPACES: dict[str, Space] = {
+    "kfade": {"forget_copies": (0, 1, 2, 4), "pull_backs": (0, 1, 2, 3), "coupled": (True, False)},
     "grad_ascent": _RATE_AND_BATCH,
     "grad_diff": {**_RATE_AND_BATCH, **_RETAIN},
     "npo": {**_RATE_AND_BATCH, **_RETAIN, "beta": Between(0.01, 3)},
@@ -161,7 +162,7 @@ def search(
 
 def _refuse_unless_searchable(method: Method, space: Space, stop: Stop, trials: int) -> None:
     name, defaults = method.name, method.settings()
-    if find_spec("optuna") is None:
+    if trials > 1 and find_spec("optuna") is None:
         raise SpecError("a search needs optuna, which is not installed; pip install palimpsest[search]")
     if stop.forget_probability is None:
         raise SpecError(f"{name}: a search compares trials at one forget level, but stop has no forget_probability")
