@@ -15,8 +15,8 @@ from palimpsest.report.text import number
 
 WIDTH, HEIGHT = 720, 420
 """Of the picture, in its own units."""
-LETTER, LINE = 6.6, 14
-"""About how wide a letter of a label is, and how far apart two labels stand."""
+LETTER, LINE, MARK = 6.6, 14, 8
+"""About how wide a letter of a label is, how far apart two labels stand, and the room that a mark takes."""
 _LINEAR_BELOW = 0.003
 _NATS = (0, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
@@ -64,7 +64,8 @@ def picture(comparison: Comparison) -> Picture | None:
         return HEIGHT * (1 - (_scaled(left) / _scaled(highest) if logarithmic else left / highest))
 
     spots: list[Spot] = []
-    taken: list[tuple[float, float, float]] = []
+    marks = [(x(place[0][0]), y(place[0][1])) for place in shown.values()]
+    taken = [(across - MARK, across + MARK, down + 4) for across, down in marks]
     for name, (mean, *seeds) in sorted(shown.items(), key=lambda item: item[1][0]):
         at_x, at_y = x(mean[0]), y(mean[1])
         said = f"{name}: KL {number(mean[0])}, {QUANTITIES[comparison.left].title} {number(mean[1])}"
