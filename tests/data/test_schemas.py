@@ -36,6 +36,19 @@ GOOD: list[tuple[str, Fields, Record]] = [
     ("article", {"title": "T", "abstract": "a", "text": "all of it"}, Passage("all of it", id="i")),
     ("choice", {"question": "q", "choices": ["a", "b"], "answer": 0}, Choice("q", ("a", "b"), 0, id="i")),
     ("preference", {"prompt": "p", "chosen": "c", "rejected": "r"}, Preference("p", "c", "r", id="i")),
+    (
+        "tofu_entities",
+        {"idx": 45, "question": "q", "answer": "It is Ann.", "prefix": "It is", "entity": "Ann", "entity_span": {}},
+        QA("q", "It is Ann.", "author-002", entity_span=(6, 9), id="i"),
+    ),
+    (
+        "rwku",
+        {"query": "q", "answer": "a", "level": "3", "type": "prefix injection", "subject": "s"},
+        QA("q", "a", "s", id="i/3/prefix injection"),
+    ),
+    ("rwku", {"query": "q ___.", "answer": "a", "level": 1}, QA("q ___.", "a", id="i/1")),
+    ("knowundo", {"text": "q", "labels": "a"}, QA("q", "a", id="i")),
+    ("muse_verbmem", {"prompt": "p", "gt": "g"}, QA("p", "g", id="i")),
 ]
 
 
@@ -101,6 +114,24 @@ def test_a_named_schema_overrules_the_fields() -> None:
         ({"prompt": "p", "chosen": "c"}, None, "field 'rejected' is missing; a row of schema preference has"),
         ({"country": "Chad", "city": "N'Djamena"}, None, "no schema has the fields 'country', 'city'; expected one of"),
         ({}, None, "no schema has the fields (none)"),
+        (
+            {"idx": 0, "question": "q", "answer": "It is Ann.", "entity": "ann"},
+            None,
+            "field 'entity' is text ('ann'); expected a part of field 'answer', letter for letter",
+        ),
+        (
+            {"idx": -1, "question": "q", "answer": "Ann", "entity": "Ann"},
+            None,
+            "field 'idx' is a number (-1); expected the question's place in forget10",
+        ),
+        ({"query": "q", "answer": "a", "level": 4}, None, "field 'level' is a number (4); expected 1 (fill in), 2"),
+        ({"query": "q", "answer": "a", "level": 1.0}, None, "field 'level' is a number (1.0); expected 1"),
+        ({"query": "q", "answer": "a", "level": True}, None, "field 'level' is true or false (True); expected 1"),
+        ({"query": "q", "answer": " ", "level": 1}, None, "field 'answer' is empty; fill it in or remove the row"),
+        ({"query": "q", "level": 1}, None, "field 'answer' is missing; a row of schema rwku has query, answer, level"),
+        ({"text": "q", "labels": 3}, None, "field 'labels' holds a number (3); expected text"),
+        ({"text": "q", "labels": ""}, "knowundo", "field 'labels' is empty; a row of schema knowundo has text, labels"),
+        ({"prompt": "p", "gt": ["a"]}, None, "field 'gt' holds a list (['a']); expected text"),
         (QUESTION, "lume", "field 'id' is missing; a row of schema lume has id, input, output, task"),
         ({"question": "q", "answer": "a"}, "text", "field 'text' is missing; a row of schema text has text"),
     ],
