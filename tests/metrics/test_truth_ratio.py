@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from palimpsest.data.records import QA
 from palimpsest.errors import DataError
 from palimpsest.metrics.tofu_log import read_tofu_log
 from palimpsest.metrics.truth_ratio import (
+    TruthRatio,
     forget_truth_ratio,
     truth_ratio,
     truth_ratio_definition,
@@ -36,7 +38,7 @@ def test_every_definition_is_its_formula_on_the_full_logits(
 ) -> None:
     found = {
         definition: truth_ratio(model, records, definition=definition, batch_size=5)
-        for definition in ("tofu_paper", "geometric", "open_unlearning_paper")
+        for definition in get_args(TruthRatio)
     }
     for place, record in enumerate(records):
         right = probabilities(model, reference, record.question, [str(record.paraphrased_answer)])[0]
@@ -44,6 +46,8 @@ def test_every_definition_is_its_formula_on_the_full_logits(
         together = wrong.prod() ** (1 / len(wrong))
         assert found["tofu_paper"][place].item() == pytest.approx(wrong.mean() / right, rel=1e-4)
         assert found["geometric"][place].item() == pytest.approx(together / right, rel=1e-4)
+        assert found["tofu_aggregate"][place].item() == pytest.approx(right / together, rel=1e-4)
+        assert found["open_unlearning"][place].item() == pytest.approx(together / (right + 1e-10), rel=1e-4)
         assert found["open_unlearning_paper"][place].item() == pytest.approx(right / (right + together), rel=1e-4)
     assert not torch.allclose(found["tofu_paper"], found["geometric"])
 
@@ -66,6 +70,19 @@ def test_no_wrong_answers_is_one_line_that_names_the_record(model: LanguageModel
 def test_a_model_that_finds_everything_improbable_still_has_a_ratio() -> None:
     assert truth_ratio_of(900.0, [901.0, 901.0]) == pytest.approx(np.exp(-1))
     assert truth_ratio_of(900.0, [900.0, 905.0]) == pytest.approx((1 + np.exp(-5)) / 2)
+
+
+def test_where_nothing_is_probable_open_unlearnings_ratio_is_that_of_a_model_that_knows() -> None:
+    assert truth_ratio_of(900.0, [900.0], "geometric") == 1
+    assert truth_ratio_of(900.0, [900.0], "open_unlearning") == 0
+    assert truth_ratio_of(1.0, [1.0], "open_unlearning") == pytest.approx(1, abs=1e-9)
+
+
+def test_one_definition_is_anothers_inverse_and_reads_the_same_on_the_forget_set() -> None:
+    ratio, inverse = (truth_ratio_of(0.7, [1.9, 0.2], kind) for kind in ("geometric", "tofu_aggregate"))  # type: ignore[arg-type]
+    assert ratio * inverse == pytest.approx(1) and ratio != inverse
+    one, other = (forget_truth_ratio(torch.tensor([value])).item() for value in (ratio, inverse))
+    assert one == pytest.approx(other)
 
 
 def test_aggregations_read_a_ratio_and_its_inverse_alike_on_the_forget_set_only() -> None:
