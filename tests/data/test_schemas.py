@@ -32,6 +32,7 @@ GOOD: list[tuple[str, Fields, Record]] = [
     ("input_output", {"input": "q", "output": "a"}, QA("q", "a", id="i")),
     ("prompt_completion", {"prompt": "q", "completion": "a"}, QA("q", "a", id="i")),
     ("text", {"text": "t", "meta": {"page": 3}}, Passage("t", id="i")),
+    ("text", {"text": "t", "subject": "Ann"}, Passage("t", "Ann", id="i")),
     ("article", {"title": "T", "abstract": "a", "doi": "10/x"}, Passage("T\n\na", id="i")),
     ("article", {"title": "T", "abstract": "a", "text": "all of it"}, Passage("all of it", id="i")),
     ("choice", {"question": "q", "choices": ["a", "b"], "answer": 0}, Choice("q", ("a", "b"), 0, id="i")),
