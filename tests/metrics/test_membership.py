@@ -12,18 +12,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.quiz import learn, quiz
 
 from palimpsest.data.batches import Batch, Encoded, batches, encode
 from palimpsest.data.records import QA, Passage
 from palimpsest.errors import DataError, ModelError
 from palimpsest.metrics import membership as module
+from palimpsest.metrics.auc import auc
 from palimpsest.metrics.calibration import calibrate, halves, try_attack
+from palimpsest.metrics.likelihood import answer_scores
 from palimpsest.metrics.membership import MembershipScores, membership_scores, write_membership
 from palimpsest.models.language_model import LanguageModel
+from palimpsest.models.tokenizers import word_tokenizer
 
 Reference = Callable[[LanguageModel, Encoded], np.ndarray]
 Build = Callable[..., LanguageModel]
 SHARES = (0.2, 0.4, 1.0)
+NAMES = [f"{first}{last}" for first in "bel cor dun fal gor hal".split() for last in "ax id on us yr".split()]
 
 
 def transcribed(logprobs: np.ndarray, targets: np.ndarray, text: str) -> dict[str, float]:
@@ -124,6 +129,15 @@ def test_standardising_in_parts_and_over_impossible_or_equal_tokens(monkeypatch:
     assert torch.equal(module._standardised(chosen, logits), whole)
 
 
+def test_a_token_known_by_heart_costs_more_by_min_k_plus_plus_than_one_half_known() -> None:
+    """Both the token's surprise and the deviation go to 0, and the former faster: this attack saturates."""
+    logits = torch.zeros(3, 50)
+    logits[:, 0] = torch.tensor([-2.0, 6.0, 14.0])
+    logprobs = logits.log_softmax(-1)[:, 0]
+    unknown, half_known, by_heart = module._standardised(logprobs, logits).tolist()
+    assert unknown < by_heart < half_known and by_heart == pytest.approx(0, abs=0.01)
+
+
 def test_gradients_in_the_weights_and_frozen_weights_stay_as_they_are(build: Build, records: list[QA]) -> None:
     model = build(0)
     weights = list(model.network.parameters())
@@ -150,6 +164,21 @@ def test_mistakes_are_one_line(model: LanguageModel, build: Build, records: list
     broken = made([1.0, math.nan], "m", 1)
     with pytest.raises(DataError, match=r"^item 'm1' costs nan by attack 'good', not a finite number; the model is"):
         write_membership(tmp_path / "m.json", broken, broken)
+
+
+def test_attacks_tell_what_was_learnt_from_what_was_not_and_gold_gives_nothing_away() -> None:
+    """Facts drawn alike: one model learnt a third of them, gold another third, and the last third is unseen."""
+    facts = [QA(row["question"], row["choices"][row["answer"]], id=row["question"]) for row in quiz(NAMES)]
+    learnt, others, unseen = facts[::3], facts[1::3], facts[2::3]
+    tokenizer = word_tokenizer([f"Question: {fact.question}\nAnswer: {fact.answer}" for fact in facts])
+    full, gold = learn(learnt, tokenizer, steps=50), learn(others, tokenizer, steps=50)
+    sides = [[membership_scores(model, some, gradients=True) for some in (learnt, unseen)] for model in (full, gold)]
+    for attack in ("loss", "zlib", "min_k@0.2", "gradient_norm", "gradient_norm@mean_tensor"):
+        of_full, of_gold = (auc(members.costs[attack], seen.costs[attack]) for members, seen in sides)
+        assert of_full.value == 1 and of_full.low > 0.5, attack
+        assert of_gold.low < 0.5 < of_gold.high, attack
+    assert answer_scores(full, learnt).extraction_strength.mean() > 0.9
+    assert answer_scores(full, unseen).extraction_strength.mean() < 0.5
 
 
 # --- chosen on other items --------------------------------------------------------------------------------------

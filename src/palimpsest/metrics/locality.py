@@ -71,11 +71,10 @@ def likest(forget: Sequence[Record], records: Sequence[Record]) -> Floats:
         return np.zeros(0)
     texts = [_words(record) for record in (*forget, *records)]
     number = {word: place for place, word in enumerate(sorted({word for words in texts for word in words}))}
-    counts = sparse.lil_array((len(texts), max(1, len(number))))
-    for row, words in enumerate(texts):
-        for word in words:
-            counts[row, number[word]] += 1
-    weighted = sparse.csr_array(counts)
+    columns = [number[word] for words in texts for word in words]
+    rows = np.repeat(np.arange(len(texts)), [len(words) for words in texts])
+    shape = (len(texts), max(1, len(number)))
+    weighted = sparse.csr_array(sparse.coo_array((np.ones(len(columns)), (rows, columns)), shape=shape))
     seen_in = np.bincount(weighted.indices, minlength=weighted.shape[1])
     weighted = weighted * (np.log((1 + len(texts)) / (1 + seen_in)) + 1)
     lengths = np.sqrt(weighted.power(2).sum(1))

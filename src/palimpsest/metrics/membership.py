@@ -87,6 +87,10 @@ def membership_scores(
         DataError: a record without a completion, or two items of one name.
         ModelError: the reference's tokenizer is another one.
     """
+    items = tuple(record.id or str(content_key(record)[1]) for record in records)
+    if len(set(items)) < len(items):
+        twice = next(item for item in items if items.count(item) > 1)
+        raise DataError(f"two items are called {twice!r}; give each record an id of its own")
     if reference is not None:
         refuse_other_tokenizer(model, reference)
     encoded = encode(records, model.tokenizer, template=template)
@@ -97,10 +101,6 @@ def membership_scores(
         costs["reference"] = costs["loss"] - answer_nll(reference, records, template=template, batch_size=batch_size)
     if gradients:
         costs |= _gradient_norms(model, encoded)
-    items = tuple(record.id or str(content_key(record)[1]) for record in records)
-    if len(set(items)) < len(items):
-        twice = next(item for item in items if items.count(item) > 1)
-        raise DataError(f"two items are called {twice!r}; give each record an id of its own")
     return MembershipScores(items, tuple(subject_of(record) for record in records), costs)
 
 

@@ -102,8 +102,7 @@ def privleak_auc(
     """
     attack = f"min_k@{MIN_K:g}"
     known, forgotten = (
-        membership_scores(model, texts, shares=(MIN_K,), template="raw", batch_size=batch_size)
-        for texts in (holdout, forget)
+        membership_scores(model, texts, shares=(MIN_K,), batch_size=batch_size) for texts in (holdout, forget)
     )
     return auc(known.costs[attack], forgotten.costs[attack], known.clusters, forgotten.clusters)
 

@@ -38,11 +38,11 @@ class LoggedMetric:
         Raises:
             DataError: no item has a number in this field.
         """
-        found = {item: fields[field] for item, fields in self.items.items() if fields.get(field) is not None}
+        found = {item: value for item, fields in self.items.items() if (value := fields.get(field)) is not None}
         if not found:
             known = sorted({name for fields in self.items.values() for name in fields})
             raise DataError(f"metric {self.name!r}: no item has field {field!r}; there is {', '.join(known) or 'none'}")
-        return {item: float(value) for item, value in found.items() if value is not None}
+        return found
 
 
 Log = dict[str, LoggedMetric]
