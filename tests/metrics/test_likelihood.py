@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palimpsest.data.batches import Encoded, encode
+from palimpsest.data.batches import Batch, Encoded, batches, encode
 from palimpsest.data.prompts import Template
 from palimpsest.data.records import QA, Choice
 from palimpsest.errors import DataError
+from palimpsest.metrics import likelihood
 from palimpsest.metrics.generation import generate_answers
 from palimpsest.metrics.likelihood import (
     AnswerScores,
@@ -66,13 +67,18 @@ def test_targets_are_the_answers_words_alone(model: LanguageModel, records: list
     assert [row.n_targets for row in encoded] == [len(record.answer.split()) for record in records]
 
 
-@given(st.integers(1, 12), st.permutations(range(11)))
+@given(st.integers(1, 12), st.permutations(range(11)), st.sampled_from(["left", "right"]))
 @settings(deadline=None, max_examples=12)
-def test_neither_batch_size_nor_order_changes_a_score(
-    model: LanguageModel, records: list[QA], batch_size: int, order: list[int]
+def test_neither_batch_size_nor_order_nor_padding_changes_a_score(
+    model: LanguageModel, records: list[QA], batch_size: int, order: list[int], side: str
 ) -> None:
+    def padded(encoded: list[Encoded], *, batch_size: int) -> list[Batch]:
+        return list(batches(encoded, batch_size=batch_size, side=side))  # type: ignore[arg-type]
+
     one = answer_scores(model, records, batch_size=1)
-    many = answer_scores(model, [records[place] for place in order], batch_size=batch_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(likelihood, "batches", padded)
+        many = answer_scores(model, [records[place] for place in order], batch_size=batch_size)
     torch.testing.assert_close(many.nll, one.nll[order], rtol=1e-5, atol=1e-5)
     assert torch.equal(many.exact_memorization, one.exact_memorization[order])
     assert torch.equal(many.extraction_strength, one.extraction_strength[order])
