@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_request import answer_logprobs, draw_weights, toy_model, toy_request, true_logprobs
+from toy_request import answer_logprobs, draw_weights, loss_between, padded, toy_model, toy_request, true_logprobs
 
 from palimpsest.data import batches
 from palimpsest.data.records import QA
@@ -50,10 +50,7 @@ def relabelled_rows(epoch=0, seed=0):
 
 def loss_now(method, step=0):
     """The loss at NOW's weights of a run that started from START."""
-    model = START.copy()
-    objective = method.objective(model, REQUEST)
-    model.network.load_state_dict(NOW.network.state_dict())
-    return objective(step)
+    return loss_between(method, START, NOW, REQUEST, step)
 
 
 FORGET, RETAIN = REQUEST.forget, REQUEST.retain
@@ -105,19 +102,7 @@ def test_an_epoch_of_single_rows_gives_every_rows_own_loss(method, of_row):
 @pytest.mark.parametrize("name", PARITY)
 def test_padding_moves_no_loss(name, monkeypatch):
     method, _ = PARITY[name]
-    plain, collate = loss_now(method).item(), batches.collate
-
-    def padded(rows, places, **_):
-        batch = collate(rows, places, pad_id=9, side="left")
-        columns = batch.ids.new_full((len(places), 5), 9)
-        none = torch.zeros_like(columns, dtype=torch.bool)
-        return batches.Batch(
-            torch.cat([columns, batch.ids], 1),
-            torch.cat([none, batch.attention], 1),
-            torch.cat([none, batch.targets], 1),
-            batch.rows,
-        )
-
+    plain = loss_now(method).item()
     monkeypatch.setattr(batches, "collate", padded)
     monkeypatch.setattr(other_answers, "collate", padded)
     assert loss_now(method).item() == pytest.approx(plain, rel=1e-5, abs=1e-5)
@@ -277,7 +262,7 @@ def test_a_flipped_label_is_the_rows_first_wrong_answer_in_every_epoch(monkeypat
 def test_a_row_without_a_wrong_answer_cannot_be_flipped():
     wrong = QA("w1", "w2", wrong=("w2",), id="a")  # its wrong answer is the true one
     request = Request((QA("w3", "w2", wrong=("w4",), id="b"), wrong), *[FORGET] * 3)
-    with pytest.raises(SpecError, match="^random_labels: forget row 'a' has no wrong answer to flip to; give"):
+    with pytest.raises(SpecError, match=r"^random_labels: forget row 'a' has no wrong answer to flip to; give"):
         RandomLabels(labels="flipped").objective(START.copy(), request)
 
 

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from palimpsest.unlearn.descent import Descent
 
 Objective = Callable[[int], Tensor]
-"""The loss to go down at a step, nats; it reads the model's present weights."""
+"""The loss to go down at a step, nats; it reads the model's present weights.
+
+One that remembers more than the weights between steps keeps it in `memory`, a dictionary of numbers. It goes into
+checkpoints, and is put back when a stretch is taken back.
+"""
 
 
 @dataclass(frozen=True)
