@@ -23,7 +23,11 @@ every_descent = pytest.mark.parametrize("name", DESCENTS)
 BUDGET = 200
 """Steps within which every method must bring the organism down to gold's level, all descents at the same rate."""
 SHORT = Stop(4, 0.01, measure_every=2)
-NEEDED = {"needle": {"vectors": [[layer, number] for layer in range(2) for number in range(256)]}}
+NEEDED = {
+    # An organism that follows no instruction goes on saying what it knows unless it is warmed up.
+    "altpo": {"temperature": 2.0},
+    "needle": {"vectors": [[layer, number] for layer in range(2) for number in range(256)]},
+}
 """What cannot be left at its default."""
 OWN = {
     **{name: {"batch_size": 3, "learning_rate": 0.5, "clip": 2.0} for name in DESCENTS},

@@ -10,6 +10,7 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from palimpsest.models.language_model import LanguageModel
 from palimpsest.progress import progress
 from palimpsest.unlearn.gauge import Gauge
 from palimpsest.unlearn.line_search import cross
+from palimpsest.unlearn.lora import low_rank, merged
 from palimpsest.unlearn.losses import Objective
 from palimpsest.unlearn.method import Method
 from palimpsest.unlearn.request import Request
@@ -50,9 +52,13 @@ class Descent(Method):
     """Forget rows a step; as many retain rows where the method uses them."""
     clip: float = 1.0
     """The largest allowed norm of the gradient."""
+    rank: int | None = None
+    """Train low-rank factors (LoRA) of this rank beside the linear maps that would change; the weights when None."""
 
     def __post_init__(self) -> None:
         self._refuse_unless_positive("learning_rate", "batch_size", "clip")
+        if self.rank is not None:
+            self._refuse_unless_positive("rank")
 
     @abstractmethod
     def objective(self, model: LanguageModel, request: Request) -> Objective:
@@ -74,29 +80,46 @@ def descend(method: Descent, model: LanguageModel, request: Request, stop: Stop,
     base = {"base_weights": model.weights_hash(), "base": model.fingerprint()}
     provenance = {"method": method.settings(), "stop": asdict(stop), "request": request.hash, **base}
     checkpoints = Checkpoints(folder, content_hash(provenance)) if folder else None
-    parameters, was_training = method.parameters(model), model.network.training
-    start = copied(parameters)
-    try:
-        run = _Run(method, model, request, stop, checkpoints)
-        reason = run.to_the_end()
-        trace = [asdict(point) for point in run.trace]
-        found = {"stopped": reason, "trace": trace, "last_rate": run.rate, "seconds": run.seconds()}
-        return Update.between(start, parameters, provenance | found)
-    finally:
-        put(parameters, start)
-        model.network.zero_grad()
-        model.network.train(was_training)
+    was_training = model.network.training
+    with _changing(method, model) as parameters:
+        start = copied(parameters)
+        try:
+            run = _Run(method, model, request, stop, checkpoints, parameters)
+            reason = run.to_the_end()
+            trace = [asdict(point) for point in run.trace]
+            found = {"stopped": reason, "trace": trace, "last_rate": run.rate, "seconds": run.seconds()}
+            if method.rank:
+                return Update(merged(model, parameters), provenance | found)
+            return Update.between(start, parameters, provenance | found)
+        finally:
+            put(parameters, start)
+            model.network.zero_grad()
+            model.network.train(was_training)
+
+
+def _changing(method: Descent, model: LanguageModel) -> AbstractContextManager[dict[str, Tensor]]:
+    """What the optimiser steps, by name: the method's parameters, or factors beside them."""
+    parameters = method.parameters(model)
+    if method.rank:
+        return low_rank(model, parameters, method.rank, method.seed, method=method.name)
+    return nullcontext(parameters)
 
 
 class _Run:
     """The state of one run: the optimiser, the trace of measurements, and the weights at the last of them."""
 
     def __init__(
-        self, method: Descent, model: LanguageModel, request: Request, stop: Stop, checkpoints: Checkpoints | None
+        self,
+        method: Descent,
+        model: LanguageModel,
+        request: Request,
+        stop: Stop,
+        checkpoints: Checkpoints | None,
+        parameters: Mapping[str, Tensor],
     ) -> None:
         self.started = time.monotonic()
         self.method, self.model, self.stop, self.checkpoints = method, model, stop, checkpoints
-        self.parameters = method.parameters(model)
+        self.parameters = parameters
         self.objective = method.objective(model, request)
         self.memory: dict[str, float] = getattr(self.objective, "memory", {})
         self.halvings = 0
