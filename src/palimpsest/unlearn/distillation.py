@@ -14,6 +14,7 @@ from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.scoring import Predictions, predict
 from palimpsest.unlearn.descent import Descent
 from palimpsest.unlearn.keeping import Keeping
+from palimpsest.unlearn.lora import frozen_start
 from palimpsest.unlearn.losses import Objective, Sampler, sampler
 from palimpsest.unlearn.request import Request
 
@@ -27,7 +28,7 @@ class UNDIAL(Keeping):
     """
 
     name: ClassVar[str] = "undial"
-    source: ClassVar[str] = "Dong et al. 2025, arXiv 2402.10052, section 3; strength and no retain term as its code has"
+    source: ClassVar[str] = "Dong et al. 2025, arXiv 2402.10052; strength and no retain term as in OpenUnlearning"
 
     strength: float = 10.0
     """What is taken off the true token's logit: its odds fall by a factor of e to this power."""
@@ -114,17 +115,17 @@ def place_in_row(predictions: Predictions) -> Tensor:
 def start_logprobs(model: LanguageModel, rows: Sampler) -> Callable[[Batch], Tensor]:
     """[N, V] what the model as it is now predicts at a batch's targets, whatever becomes of its weights.
 
-    All of it is kept where that takes less memory than a frozen copy of the model, and else the copy is.
+    All of it is kept where that takes less memory than a copy of the model, and else it is asked again each time.
     """
     weights = sum(value.numel() * value.element_size() for value in model.network.parameters())
     vocabulary, _ = model.anatomy.unembedding.get_parameter("weight").shape
     if 4 * vocabulary * sum(row.n_targets for row in rows.encoded) <= weights:
         kept = reference_logprobs(model, rows.encoded)
         return lambda batch: kept.of(batch).to(model.device)
-    start = model.copy().network.requires_grad_(False)
+    start = frozen_start(model)
 
-    def from_the_copy(batch: Batch) -> Tensor:
-        with torch.no_grad():
-            return predict(start, batch).logits.log_softmax(-1)
+    def said_now(batch: Batch) -> Tensor:
+        with start() as frozen:
+            return predict(frozen.network, batch).logits.log_softmax(-1)
 
-    return from_the_copy
+    return said_now

@@ -1,8 +1,8 @@
 """Low-rank factors beside the linear maps: a run may train them in place of the weights."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from palimpsest.errors import SpecError
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.unlearn.weights import only_these_change
 
-A, B = "lora_A", "lora_B"
+A, B, OFF = "lora_A", "lora_B", "lora_off"
+"""A module's factors, and the mark that it does without them for now."""
 
 
 @contextmanager
@@ -22,8 +23,8 @@ def low_rank(
     """The only trainable parameters of the model, meanwhile: A [rank, in] and B [out, rank] beside each linear map.
 
     A map gives W x + B A x (LoRA, Hu et al. 2022, arXiv 2106.09685, section 4.1, its alpha equal to the rank). A is
-    drawn as a linear map's weight is, from the seed; B is 0, so the model begins as it was, and a copy made now stays
-    that. The weights themselves never change. The unembedding has no factors.
+    drawn as a linear map's weight is, from the seed; B is 0, so the model begins as it was. The weights themselves
+    never change. The unembedding has no factors.
 
     Args:
         model: the model.
@@ -47,8 +48,7 @@ def low_rank(
             a = torch.empty(rank, n_in).uniform_(-bound, bound, generator=generator)
             module.register_parameter(A, nn.Parameter(a.to(weight)))
             module.register_parameter(B, nn.Parameter(weight.new_zeros(n_out, rank)))
-            handle = module.register_forward_hook(_add_product)
-            attached.callback(_detach, module, handle)
+            attached.callback(_detach, module, module.register_forward_hook(_add_product))
         live = dict(model.network.named_parameters())
         yield {f"{name}.{factor}": live[f"{name}.{factor}"] for name in maps for factor in (A, B)}
 
@@ -64,6 +64,40 @@ def merged(model: LanguageModel, factors: Mapping[str, Tensor]) -> dict[str, Ten
     return changes
 
 
+def frozen_start(model: LanguageModel) -> Callable[[], AbstractContextManager[LanguageModel]]:
+    """Opens the model as it is before the first step, without gradients or dropout, whatever has become of it since.
+
+    Where it has factors it is the model itself without them, else a copy.
+    """
+    if any(A in module._parameters for module in model.network.modules()):
+        return lambda: _without_factors(model)
+    start = model.copy()
+    start.network.requires_grad_(False)
+
+    @contextmanager
+    def opened() -> Iterator[LanguageModel]:
+        with torch.no_grad():
+            yield start
+
+    return opened
+
+
+@contextmanager
+def _without_factors(model: LanguageModel) -> Iterator[LanguageModel]:
+    modules = [module for module in model.network.modules() if A in module._parameters]
+    was_training = model.network.training
+    model.network.eval()
+    for module in modules:
+        setattr(module, OFF, True)
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        for module in modules:
+            delattr(module, OFF)
+        model.network.train(was_training)
+
+
 def _linear_maps(model: LanguageModel, names: Collection[str]) -> dict[str, nn.Module]:
     owners = (name.removesuffix(".weight") for name in names if name.endswith(".weight"))
     modules = {name: model.network.get_submodule(name) for name in owners}
@@ -76,6 +110,8 @@ def _linear_maps(model: LanguageModel, names: Collection[str]) -> dict[str, nn.M
 
 # A function, not a closure over the factors: it finds those of the module that it is called for, in a copy the copy's.
 def _add_product(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    if hasattr(module, OFF):
+        return output
     return output + inputs[0] @ module.get_parameter(A).T @ module.get_parameter(B).T
 
 

@@ -27,7 +27,9 @@ class Needle(Method):
     """
 
     name: ClassVar[str] = "needle"
-    source: ClassVar[str] = "Hong et al. 2024 (ConceptVectors), arXiv 2406.11614, section 6; its code then adds ascent"
+    source: ClassVar[str] = (
+        "Hong et al. 2024 (ConceptVectors), arXiv 2406.11614: the formula; its code goes on to ascend"
+    )
 
     vectors: tuple[tuple[int, int], ...] = ()
     """(layer, number of the value vector), both counted from 0."""

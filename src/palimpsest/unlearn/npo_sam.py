@@ -22,7 +22,7 @@ class NPOSAM(NPO):
     """
 
     name: ClassVar[str] = "npo_sam"
-    source: ClassVar[str] = "Fan et al. 2025, arXiv 2502.05374, equation 5; SAM: Foret et al. 2021, arXiv 2010.01412"
+    source: ClassVar[str] = "Fan et al. 2025, arXiv 2502.05374; SAM: Foret et al. 2021, arXiv 2010.01412"
 
     rho: float = 0.1
     """The radius, in the norm of all parameters together."""

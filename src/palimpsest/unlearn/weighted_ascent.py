@@ -43,7 +43,7 @@ class WGA(WeightedAscent):
     """Weighted gradient ascent: w = p^beta, so that a token is let go as it is forgotten. 0 is plain ascent."""
 
     name: ClassVar[str] = "wga"
-    source: ClassVar[str] = "Wang et al. 2025, arXiv 2502.19301, section 5 (WGA; its alpha is beta here)"
+    source: ClassVar[str] = "Wang et al. 2025, arXiv 2502.19301 (its alpha is beta here, as in OpenUnlearning)"
 
     beta: float = 1.0
 
