@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from toy_request import toy_model, toy_request, true_logprobs
+from toy_request import same_weights, toy_model, toy_request, true_logprobs
 
+from palimpsest.unlearn import descent
 from palimpsest.unlearn.gradient_ascent import GradientAscent
 from palimpsest.unlearn.pdu import PDU
 from palimpsest.unlearn.stopping import Stop
@@ -62,3 +63,23 @@ def test_a_stretch_that_is_taken_back_is_forgotten(monkeypatch):
     # Two steps a stretch: where one was taken back, the count goes on from two before.
     steps = np.diff(made[-1].seen)
     assert sorted(steps) == [-1] * halvings + [1] * (len(steps) - halvings)
+
+
+@pytest.mark.parametrize("after", [3, 7])
+def test_an_interrupted_run_goes_on_with_its_dual(after, tmp_path, monkeypatch):
+    method, model, step = PDU(warmup_epochs=0, limit=0.5, batch_size=3), toy_model(), descent._Run._step
+    stop, taken = Stop(10, measure_every=2), []
+    whole = method.run(model, REQUEST, stop)
+
+    def stepping(run):
+        if len(taken) == after:
+            raise KeyboardInterrupt
+        taken.append(run.memory["dual"])
+        step(run)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(descent._Run, "_step", stepping)
+        method.run(model, REQUEST, stop, folder=tmp_path / "run")
+    assert len(set(taken)) == after, "the dual moves with every step"
+    resumed = method.run(model, REQUEST, stop, folder=tmp_path / "run")
+    assert same_weights(resumed.delta, whole.delta) and resumed.identity == whole.identity
