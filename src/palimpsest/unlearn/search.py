@@ -54,7 +54,18 @@ SPACES: dict[str, Space] = {
     "grad_diff": {**_RATE_AND_BATCH, **_RETAIN},
     "npo": {**_RATE_AND_BATCH, **_RETAIN, "beta": Between(0.01, 3)},
     "simnpo": {**_RATE_AND_BATCH, **_RETAIN, "beta": Between(0.5, 10), "gamma": Between(0, 3, log=False)},
+    "kl_min": {**_RATE_AND_BATCH, "retain_weight": Between(0.1, 100)},
+    "wga": {**_RATE_AND_BATCH, **_RETAIN, "beta": Between(0.1, 10)},
+    "satimp": {**_RATE_AND_BATCH, **_RETAIN, "saturation": Between(0.1, 10), "importance": Between(0.1, 10)},
+    "npo_tokenmean": {**_RATE_AND_BATCH, **_RETAIN, "beta": Between(0.01, 10)},
+    "npo_sam": {**_RATE_AND_BATCH, **_RETAIN, "beta": Between(0.01, 3), "rho": Between(1e-3, 1)},
+    "dpo": {**_RATE_AND_BATCH, **_RETAIN, "beta": Between(0.01, 3)},
+    "altpo": {**_RATE_AND_BATCH, **_RETAIN, "beta": Between(0.01, 3)},
     "random_labels": {**_RATE_AND_BATCH, **_RETAIN, "labels": ("fixed", "resampled")},
+    "idk": {**_RATE_AND_BATCH, **_RETAIN},
+    "undial": {**_RATE_AND_BATCH, "strength": Between(1, 30), "retain_weight": (0.0, 0.1, 1.0, 10.0)},
+    "ceu": _RATE_AND_BATCH,
+    "pdu": {**_RATE_AND_BATCH, "dual_step": Between(0.01, 10)},
     "rmu": {**_RATE_AND_BATCH, "coefficient": Between(1, 100), "alpha": Between(0.1, 1000)},
 }
 """Where to look, by method. RMU's layer is left to the caller, who knows the model's depth: `{"layer": (1, 2, 3)}`."""
