@@ -96,6 +96,26 @@ def test_paragraphs_of_a_text_file(tmp_path: Path) -> None:
     assert "not rows of schema tofu" in refusal(path, format="tofu")
 
 
+def test_an_array_of_texts_gives_a_passage_each(tmp_path: Path) -> None:
+    path = write(tmp_path, "holdout.json", json.dumps(["one\n\ntwo", "three"]))
+    expected = [Passage("one\n\ntwo", id="holdout-00001"), Passage("three", id="holdout-00002")]
+    assert read_records(path, format="text") == expected
+    path.write_text('["one", " "]')
+    assert refusal(path, format="text") == "row 2: field 'text' is empty; fill it in or remove the row"
+    path.write_text('["one", 2]')
+    assert refusal(path, format="text").startswith("row 2: a JSON int stands there; expected an object of fields")
+
+
+def test_rwkus_probes_keep_subject_level_and_kind(tmp_path: Path) -> None:
+    rows = [
+        {"query": "Ann was born in ___.", "answer": "Rome", "level": "1", "type": "", "subject": "Ann"},
+        {"query": "Act as a poet. Where?", "answer": "Rome", "level": "3", "type": "role play", "subject": "Ann"},
+    ]
+    found = read_records(write(tmp_path, "forget_level3.json", json.dumps(rows)))
+    assert [record.id for record in found] == ["forget_level3-00001/1", "forget_level3-00002/3/role play"]
+    assert {record.subject for record in found} == {"Ann"}
+
+
 def test_blank_lines_count_as_an_editor_counts_them(tmp_path: Path) -> None:
     path = write(tmp_path, "x.jsonl", '{"text": "a"}\n\n \n{"text": "b"}\n{"txt": "c"}\n')
     assert "row 5: unknown field 'txt'; did you mean 'text'?" in refusal(path)
@@ -138,6 +158,7 @@ def test_a_path_is_never_a_pattern(tmp_path: Path) -> None:
         ("e.json", b'{\n  "text": "a"\n}', "row 1: not valid JSON: .*one object a line or an array of objects"),
         ("e.json", b'[{"text": "a"},\n {"text": }]', r"not valid JSON: Expecting value \(line 2, column 11\)"),
         ("e.json", b'[{"text": "a"}, ["b"]]', "row 2: a JSON list stands there"),
+        ("e.json", b'["a", "b"]', "row 1: a JSON str stands there; .*format='text' for lines of plain text and arrays"),
         ("e.json", b"[" * 200_000, "not valid JSON: nested too deeply"),
         ("e.jsonl", b'{"a": ' + b"[" * 200_000, "row 1: not valid JSON: nested too deeply"),
         ("e.jsonl", b'{"question": ' + b"9" * 5000 + b"}", "row 1: not valid JSON: .*digits"),

@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -7,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax, rel_entr
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from palimpsest.data.batches import Encoded, encode
 from palimpsest.data.records import QA, Passage
@@ -82,3 +85,20 @@ def test_another_vocabulary_is_refused_in_one_line(model: LanguageModel, build: 
     assert "\n" not in str(caught.value)
     with pytest.raises(ModelError, match="vocabulary"):
         reference_logprobs(model, encode(records, model.tokenizer)).kl(larger)
+
+
+def test_a_tokenizer_of_the_same_size_but_other_tokens_is_refused(
+    model: LanguageModel,
+    build: Build,
+    tokenizer_ending_with: Callable[[str], PreTrainedTokenizerFast],
+    records: list[QA],
+) -> None:
+    other = tokenizer_ending_with("<end>")
+    vocabulary = other.get_vocab()
+    state = json.loads(other.backend_tokenizer.to_str())
+    state["model"]["vocab"] = vocabulary | {" w1": vocabulary[" w2"], " w2": vocabulary[" w1"]}
+    swapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<end>")
+    assert len(swapped) == len(model.tokenizer)
+    expected = r"^gold: its tokenizer is not that of tiny0 \(token ' w1' is 8 in one and 7 in the other\); compare"
+    with pytest.raises(ModelError, match=expected):
+        kl_per_item(model, replace(build(3, swapped), name="gold"), records)

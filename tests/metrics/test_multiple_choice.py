@@ -13,7 +13,13 @@ from palimpsest.data.batches import Batch, batches
 from palimpsest.data.records import Choice
 from palimpsest.errors import DataError
 from palimpsest.metrics import multiple_choice as module
-from palimpsest.metrics.multiple_choice import choice_prompt, multiple_choice
+from palimpsest.metrics.multiple_choice import (
+    ChoiceScores,
+    choice_prompt,
+    definition,
+    most_common_choice,
+    multiple_choice,
+)
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.organism import Architecture, new_model
 from palimpsest.models.tokenizers import byte_pair_tokenizer, word_tokenizer
@@ -75,6 +81,41 @@ def test_the_prompt_is_lm_evals_letter_for_letter() -> None:
     assert choice_prompt(replace(choice, subject=None)).startswith(
         "The following are multiple choice questions (with answers).\n\nWhich"
     )
+
+
+def test_examples_of_the_subject_stand_before_the_question_with_their_letters() -> None:
+    choice = Choice("Which?", ("one", "two"), 1, "anatomy")
+    examples = [Choice(" What? ", ("three", "four"), 1, "anatomy"), Choice("Who?", ("five", "six"), 0, "anatomy")]
+    assert choice_prompt(choice, examples) == (
+        "The following are multiple choice questions (with answers) about anatomy.\n\n"
+        "What?\nA. three\nB. four\nAnswer: B\n\nWho?\nA. five\nB. six\nAnswer: A\n\nWhich?\nA. one\nB. two\nAnswer:"
+    )
+    assert [definition(0), definition(5)] == ["multiple_choice@lm_eval_wmdp", "multiple_choice@lm_eval_mmlu_5shot"]
+
+
+def test_each_question_is_scored_after_its_own_subjects_examples() -> None:
+    model = model_of("words")
+    asked = [replace(choice, subject=f"w{place % 2}") for place, choice in enumerate(choices(6))]
+    examples = [replace(choice, subject=f"w{place % 2}") for place, choice in enumerate(choices(4))]
+    found = multiple_choice(model, asked, examples=examples)
+    for place, choice in enumerate(asked):
+        prompt = choice_prompt(choice, examples[place % 2 :: 2])
+        logprobs = np.array([plain_logprob(model, prompt, letter) for letter in "ABCD"[: len(choice.choices)]])
+        shares = np.exp(logprobs) / np.exp(logprobs).sum()
+        assert found.probability[place].item() == pytest.approx(shares[choice.answer], rel=1e-4)
+    assert not torch.allclose(found.probability, multiple_choice(model, asked).probability)
+    with pytest.raises(DataError, match=r"^subject 'w1' has 1 examples, but 'w0' has 2; give each as many$"):
+        multiple_choice(model, asked, examples=examples[:3])
+
+
+def test_a_model_that_always_takes_one_letter_is_known_by_it() -> None:
+    model = model_of("words")
+    assert most_common_choice(multiple_choice(model, choices(9, most=6))) < 1
+    with torch.no_grad():
+        model.network.get_output_embeddings().weight.zero_()
+    assert most_common_choice(multiple_choice(model, ASKED)) == 1
+    chosen = torch.tensor([0, 2, 2, 1])
+    assert most_common_choice(ChoiceScores(chosen, chosen, chosen)) == 0.5
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [("words", {1}), ("bytes", {2}), ("mixed", {1, 2})])

@@ -12,7 +12,14 @@ from palimpsest.data.records import QA
 from palimpsest.errors import DataError
 from palimpsest.metrics import tofu_log
 from palimpsest.metrics.generation import generate_answers
-from palimpsest.metrics.tofu import TofuSets, UtilityScores, model_utility, utility_scores
+from palimpsest.metrics.tofu import (
+    TofuSets,
+    UtilityRatio,
+    UtilityScores,
+    model_utility,
+    model_utility_definition,
+    utility_scores,
+)
 from palimpsest.metrics.tofu_log import GENERAL, RETAIN, SubLog
 from palimpsest.models.language_model import LanguageModel
 
@@ -63,19 +70,21 @@ def sub_log(model: LanguageModel, reference: Reference, records: list[QA]) -> Su
     )
 
 
+@pytest.mark.parametrize(("definition", "kind"), [("tofu_paper", "arith"), ("geometric", "geo")])
 def test_model_utility_is_that_of_the_authors_aggregation(
-    model: LanguageModel, asked: list[QA], reference: Reference
+    model: LanguageModel, asked: list[QA], reference: Reference, definition: UtilityRatio, kind: tofu_log.Kind
 ) -> None:
     bare = [replace(record, paraphrased_answer=None) for record in asked]
     sets = {RETAIN: asked, GENERAL[0]: bare[:6], GENERAL[1]: bare[2:]}
     log = {name: sub_log(model, reference, records) for name, records in sets.items()}
     scores = [
-        utility_scores(model, records, offered=name != RETAIN, max_new_tokens=3, batch_size=4)
+        utility_scores(model, records, offered=name != RETAIN, definition=definition, max_new_tokens=3, batch_size=4)
         for name, records in sets.items()
     ]
-    expected = tofu_log.model_utility(log, "arith")
-    assert expected > 0.05
+    expected = tofu_log.model_utility(log, kind)
+    assert expected > 0.05 and tofu_log.model_utility(log, "arith") != tofu_log.model_utility(log, "geo")
     assert model_utility(scores) == pytest.approx(expected, rel=1e-5)
+    assert model_utility_definition(definition) == f"model_utility@{definition}"
 
 
 def test_every_reading_is_its_formula(model: LanguageModel, asked: list[QA], reference: Reference) -> None:

@@ -1,5 +1,7 @@
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ import torch
 from palimpsest.data.batches import Encoded, encode
 from palimpsest.data.records import QA
 from palimpsest.errors import DataError
-from palimpsest.metrics.tofu_log import read_tofu_log
+from palimpsest.metrics.tofu_log import Kind, read_tofu_log
 from palimpsest.metrics.truth_ratio import (
+    TruthRatio,
     forget_truth_ratio,
     truth_ratio,
     truth_ratio_definition,
@@ -36,7 +39,7 @@ def test_every_definition_is_its_formula_on_the_full_logits(
 ) -> None:
     found = {
         definition: truth_ratio(model, records, definition=definition, batch_size=5)
-        for definition in ("tofu_paper", "geometric", "open_unlearning_paper")
+        for definition in get_args(TruthRatio)
     }
     for place, record in enumerate(records):
         right = probabilities(model, reference, record.question, [str(record.paraphrased_answer)])[0]
@@ -44,6 +47,8 @@ def test_every_definition_is_its_formula_on_the_full_logits(
         together = wrong.prod() ** (1 / len(wrong))
         assert found["tofu_paper"][place].item() == pytest.approx(wrong.mean() / right, rel=1e-4)
         assert found["geometric"][place].item() == pytest.approx(together / right, rel=1e-4)
+        assert found["tofu_aggregate"][place].item() == pytest.approx(right / together, rel=1e-4)
+        assert found["open_unlearning"][place].item() == pytest.approx(together / (right + 1e-10), rel=1e-4)
         assert found["open_unlearning_paper"][place].item() == pytest.approx(right / (right + together), rel=1e-4)
     assert not torch.allclose(found["tofu_paper"], found["geometric"])
 
@@ -68,18 +73,47 @@ def test_a_model_that_finds_everything_improbable_still_has_a_ratio() -> None:
     assert truth_ratio_of(900.0, [900.0, 905.0]) == pytest.approx((1 + np.exp(-5)) / 2)
 
 
+def test_where_nothing_is_probable_open_unlearnings_ratio_is_that_of_a_model_that_knows() -> None:
+    assert truth_ratio_of(900.0, [900.0], "geometric") == 1
+    assert truth_ratio_of(900.0, [900.0], "open_unlearning") == 0
+    assert truth_ratio_of(1.0, [1.0], "open_unlearning") == pytest.approx(1, abs=1e-9)
+
+
+def test_one_definition_is_anothers_inverse_and_reads_the_same_on_the_forget_set() -> None:
+    ratio, inverse = (truth_ratio_of(0.7, [1.9, 0.2], kind) for kind in ("geometric", "tofu_aggregate"))  # type: ignore[arg-type]
+    assert ratio * inverse == pytest.approx(1) and ratio != inverse
+    one, other = (forget_truth_ratio(torch.tensor([value])).item() for value in (ratio, inverse))
+    assert one == pytest.approx(other)
+
+
 def test_aggregations_read_a_ratio_and_its_inverse_alike_on_the_forget_set_only() -> None:
     ratios = torch.tensor([0.0, 0.25, 1.0, 4.0], dtype=torch.float64)
     assert forget_truth_ratio(ratios).tolist() == [0.0, 0.25, 1.0, 0.25]
     assert utility_truth_ratio(ratios).tolist() == [1.0, 0.75, 0.0, 0.0]
 
 
-def test_items_agree_with_the_tofu_authors_logs(tofu_logs) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(
+    ("definition", "kind", "of", "mean"),
+    [
+        ("tofu_paper", "arith", lambda ratio: ratio, 0.679652),
+        ("geometric", "geo", lambda ratio: ratio, 0.674019),
+        ("tofu_aggregate", "geo", lambda ratio: 1 / ratio, 0.674019),
+        ("open_unlearning", "geo", lambda ratio: ratio, 0.674019),
+        ("open_unlearning_paper", "geo", lambda ratio: 1 / (1 + ratio), None),
+    ],
+)
+def test_items_agree_with_the_tofu_authors_logs(
+    tofu_logs: Path,
+    definition: TruthRatio,
+    kind: Kind,
+    of: Callable[[np.ndarray], np.ndarray],
+    mean: float | None,
+) -> None:
     log = read_tofu_log(tofu_logs / "ft_epoch5_lr1e-05_llama2-7b_retain90_wd0.01.json")["eval_log_forget.json"]
-    for kind, definition, mean in (("arith", "tofu_paper", 0.679652), ("geo", "geometric", 0.674019)):
-        ratios = [
-            truth_ratio_of(float(right), wrong.tolist(), definition)  # type: ignore[arg-type]
-            for right, wrong in zip(log.paraphrase_loss, log.wrong_loss, strict=True)
-        ]
-        assert ratios == pytest.approx(log.truth_ratio(kind))  # type: ignore[arg-type]
+    ratios = [
+        truth_ratio_of(float(right), wrong.tolist(), definition)
+        for right, wrong in zip(log.paraphrase_loss, log.wrong_loss, strict=True)
+    ]
+    assert ratios == pytest.approx(of(log.truth_ratio(kind)), rel=1e-6)
+    if mean is not None:
         assert forget_truth_ratio(torch.tensor(ratios)).mean().item() == pytest.approx(mean, abs=1e-5)

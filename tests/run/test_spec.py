@@ -220,7 +220,7 @@ def change(path: str, value: Any) -> dict[str, Any]:
         ("methods", [], "methods: expected at least 1 in the list"),
         ("methods", "npo", "methods: expected a list, not 'npo'"),
         ("methods", ["npo", "npoo"], "methods.1: unknown method 'npoo'; did you mean 'npo'?"),
-        ("methods", ["zzz"], "methods.0: unknown method 'zzz'; known are grad_ascent, grad_diff, "),
+        ("methods", ["zzz"], "methods.0: unknown method 'zzz'; known are altpo, ceu, dpo, grad_ascent, "),
         ("methods", [{"beta": 1}], "methods.0: expected a method's name, or a mapping with its name and settings"),
         ("methods", [3], "methods.0: expected a method's name, or a mapping with its name and settings, not 3"),
         ("methods", [{"name": ["npo"]}], "methods.0: expected a method's name"),

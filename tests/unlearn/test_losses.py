@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_request import answer_logprobs, draw_weights, toy_model, toy_request, true_logprobs
+from toy_request import answer_logprobs, draw_weights, loss_between, padded, toy_model, toy_request, true_logprobs
 
 from palimpsest.data import batches
 from palimpsest.data.records import QA
 from palimpsest.errors import SpecError
-from palimpsest.unlearn import random_labels
-from palimpsest.unlearn.gradient_ascent import GradientAscent, GradientDifference
+from palimpsest.unlearn import other_answers
+from palimpsest.unlearn.gradient_ascent import GradientAscent, GradientDifference, KLMinimization
 from palimpsest.unlearn.npo import NPO, npo_loss
 from palimpsest.unlearn.random_labels import RandomLabels, relabelled
 from palimpsest.unlearn.request import Request
@@ -50,10 +50,7 @@ def relabelled_rows(epoch=0, seed=0):
 
 def loss_now(method, step=0):
     """The loss at NOW's weights of a run that started from START."""
-    model = START.copy()
-    objective = method.objective(model, REQUEST)
-    model.network.load_state_dict(NOW.network.state_dict())
-    return objective(step)
+    return loss_between(method, START, NOW, REQUEST, step)
 
 
 FORGET, RETAIN = REQUEST.forget, REQUEST.retain
@@ -68,6 +65,7 @@ PARITY = {
         GradientDifference(retain_weight=2.0, retain_term="kl", **ALL),
         lambda: 2 * kl(RETAIN) - nll(NOW, FORGET),
     ),
+    "kl_min": (KLMinimization(**ALL), lambda: kl(RETAIN) - nll(NOW, FORGET)),
     "difference, unkept": (GradientDifference(retain_weight=0, **ALL), lambda: -nll(NOW, FORGET)),
     "npo": (NPO(**ALL), lambda: npo(FORGET, 0.1) + nll(NOW, RETAIN)),
     "npo, steep": (NPO(beta=1.5, retain_weight=0.5, **ALL), lambda: npo(FORGET, 1.5) + 0.5 * nll(NOW, RETAIN)),
@@ -104,21 +102,9 @@ def test_an_epoch_of_single_rows_gives_every_rows_own_loss(method, of_row):
 @pytest.mark.parametrize("name", PARITY)
 def test_padding_moves_no_loss(name, monkeypatch):
     method, _ = PARITY[name]
-    plain, collate = loss_now(method).item(), batches.collate
-
-    def padded(rows, places, **_):
-        batch = collate(rows, places, pad_id=9, side="left")
-        columns = batch.ids.new_full((len(places), 5), 9)
-        none = torch.zeros_like(columns, dtype=torch.bool)
-        return batches.Batch(
-            torch.cat([columns, batch.ids], 1),
-            torch.cat([none, batch.attention], 1),
-            torch.cat([none, batch.targets], 1),
-            batch.rows,
-        )
-
+    plain = loss_now(method).item()
     monkeypatch.setattr(batches, "collate", padded)
-    monkeypatch.setattr(random_labels, "collate", padded)
+    monkeypatch.setattr(other_answers, "collate", padded)
     assert loss_now(method).item() == pytest.approx(plain, rel=1e-5, abs=1e-5)
 
 
@@ -237,7 +223,7 @@ def draws(monkeypatch, steps=9, **changes):
         asked.extend(records)
         return batches.encode(records, *args, **keywords)
 
-    monkeypatch.setattr(random_labels, "encode", spy)
+    monkeypatch.setattr(other_answers, "encode", spy)
     method = RandomLabels(**{"retain_weight": 0, "batch_size": len(FORGET)} | changes)
     objective = method.objective(START.copy(), toy_request(wrong=6))
     for step in range(steps):
@@ -266,6 +252,20 @@ def test_labels_follow_from_seed_epoch_and_row_alone(monkeypatch):
     assert draws(monkeypatch, seed=1) != whole
 
 
+def test_a_flipped_label_is_the_rows_first_wrong_answer_in_every_epoch(monkeypatch):
+    drawn = draws(monkeypatch, labels="flipped")
+    for record in toy_request(wrong=6).forget:
+        first = next(answer for answer in record.wrong if answer != record.answer)
+        assert {drawn[record.question, epoch] for epoch in range(9)} == {first}
+
+
+def test_a_row_without_a_wrong_answer_cannot_be_flipped():
+    wrong = QA("w1", "w2", wrong=("w2",), id="a")  # its wrong answer is the true one
+    request = Request((QA("w3", "w2", wrong=("w4",), id="b"), wrong), *[FORGET] * 3)
+    with pytest.raises(SpecError, match=r"^random_labels: forget row 'a' has no wrong answer to flip to; give"):
+        RandomLabels(labels="flipped").objective(START.copy(), request)
+
+
 @given(st.data())
 @settings(deadline=None, max_examples=60)
 def test_a_random_label_is_never_the_true_answer_when_there_is_another(data):
@@ -289,7 +289,7 @@ def test_a_random_label_is_never_the_true_answer_when_there_is_another(data):
         (NPO, {"beta": 0}, "npo: beta is 0"),
         (NPO, {"beta": -0.1}, "npo: beta is -0.1"),
         (GradientDifference, {"clip": -1.0}, "grad_diff: clip is -1.0"),
-        (RandomLabels, {"labels": "random"}, "labels 'random' is unknown; choose fixed or resampled"),
+        (RandomLabels, {"labels": "random"}, "labels 'random' is unknown; choose fixed, resampled or flipped"),
         (NPO, {"retain_term": "KL"}, "npo: retain_term 'KL' is unknown; choose nll or kl"),
     ],
 )

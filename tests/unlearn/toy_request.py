@@ -5,6 +5,7 @@ import random
 import numpy as np
 import torch
 
+from palimpsest.data.batches import Batch, collate
 from palimpsest.data.records import QA
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.organism import Architecture, new_model
@@ -79,6 +80,27 @@ def true_logprobs(model: LanguageModel, record: QA) -> np.ndarray:
     """[tokens] log-probability of each token of the true answer, float64."""
     logprobs, targets = answer_logprobs(model, record)
     return logprobs[range(len(targets)), targets]
+
+
+def loss_between(method, start: LanguageModel, now: LanguageModel, request: Request, step: int = 0) -> torch.Tensor:
+    """A method's loss at the weights of `now`, in a run that started from `start`."""
+    model = start.copy()
+    objective = method.objective(model, request)
+    model.network.load_state_dict(now.network.state_dict())
+    return objective(step)
+
+
+def padded(rows, places, **_) -> Batch:
+    """As `collate`, with another padding token, on the left, and five columns too many."""
+    batch = collate(rows, places, pad_id=9, side="left")
+    columns = batch.ids.new_full((len(places), 5), 9)
+    none = torch.zeros_like(columns, dtype=torch.bool)
+    return Batch(
+        torch.cat([columns, batch.ids], 1),
+        torch.cat([none, batch.attention], 1),
+        torch.cat([none, batch.targets], 1),
+        batch.rows,
+    )
 
 
 def weights_of(model: LanguageModel) -> dict[str, torch.Tensor]:

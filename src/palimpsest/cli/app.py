@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from palimpsest.cli import audit, doctor, metrics, report, run, studies, train, unlearn, update, verify
+from palimpsest.cli import audit, compare, doctor, metrics, report, run, studies, train, unlearn, update, verify
 from palimpsest.cli.output import fail
 from palimpsest.errors import PalimpsestError
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 # Every verb, in the order of the help. Their modules import what is heavy inside the verb, so that help stays quick.
 app.command("demo")(run.demo)
 app.command("run")(run.run)
+app.command("compare")(compare.compare)
 app.command("train")(train.train)
 app.command("unlearn")(unlearn.unlearn)
 app.add_typer(update.app, name="update")

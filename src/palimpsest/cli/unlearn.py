@@ -22,7 +22,7 @@ def unlearn(
     retain: Retain,
     out: Annotated[Path, typer.Option(help="The folder for the update.")],
     method: Annotated[
-        str, typer.Option(help="kfade, kfade_paper, grad_ascent, grad_diff, npo, simnpo, random_labels or rmu.")
+        str, typer.Option(help="By its name in docs/methods.md, e.g. kfade, npo, simnpo, rmu, dpo, undial.")
     ] = "kfade",
     set_: Annotated[list[str], typer.Option("--set", help="A setting of the method, e.g. --set beta=0.2.")] = [],  # noqa: B006
     gold: Annotated[str | None, typer.Option(help="A model that never saw the forget set: stop at its level.")] = None,

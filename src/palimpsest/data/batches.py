@@ -62,6 +62,7 @@ def encode(
     template: Template = "plain",
     end: bool = False,
     max_length: int | None = None,
+    entities: bool = False,
 ) -> list[Encoded]:
     """Tokenise each record's prompt and completion together; its targets are the tokens that hold the completion.
 
@@ -71,9 +72,11 @@ def encode(
         template: how prompt and completion are joined.
         end: append the end-of-text token as a last target (for training a model to stop; never for scoring an answer).
         max_length: cut longer records to their first `max_length` tokens.
+        entities: let only the tokens that touch each record's `entity_span` be targets, and end after them.
 
     Raises:
-        DataError: a record with no target token left, or a tokenizer without offsets.
+        DataError: a record with no target token left, without an `entity_span` where entities are asked for, or a
+            tokenizer without offsets.
     """
     if not tokenizer.is_fast:
         raise DataError(
@@ -84,9 +87,12 @@ def encode(
     special = [template != "chat" or isinstance(record, Passage) for record in records]
     tokens = _tokenize([prompt + completion for prompt, completion in texts], special, tokenizer)
     encoded = []
-    for record, (prompt, _), (ids, offsets) in zip(records, texts, tokens, strict=True):
-        # Only ends are compared: some tokenizers trim white space off offsets, which leaves a blank's start at its end.
-        inside = [place for place, (_, last) in enumerate(offsets) if last > len(prompt)]
+    for record, (prompt, completion), (ids, offsets) in zip(records, texts, tokens, strict=True):
+        begin, until = len(prompt), len(prompt) + len(completion)
+        if entities:
+            begin, until = _entity(record, until)
+        # Some tokenizers trim white space off offsets, which leaves a blank's start at its end.
+        inside = [place for place, (first, last) in enumerate(offsets) if last > begin and min(first, last - 1) < until]
         # A row's first token is predicted from nothing, so it can never be a target.
         start, stop = (max(inside[0], 1), inside[-1] + 1) if inside else (0, 0)
         ids = ids[:stop]
@@ -105,6 +111,16 @@ def encode(
             )
         encoded.append(Encoded(tuple(ids), start, stop))
     return encoded
+
+
+def _entity(record: Record, end: int) -> tuple[int, int]:
+    """Where a record's entity stands in a text that ends, at `end`, with its answer."""
+    if not isinstance(record, QA) or record.entity_span is None:
+        raise DataError(
+            f"record {record.id!r}: field 'entity_span' is missing; give the characters that carry the fact"
+        )
+    start, stop = (end - len(record.answer) + place for place in record.entity_span)
+    return start, stop
 
 
 def _tokenize(

@@ -30,8 +30,8 @@ def read_records(path_or_hub_id: str | Path, format: Format | None = None) -> li
 
     The container is known by the suffix (`.jsonl`, `.json`, `.csv`, `.parquet`, `.txt`), the schema by each row's
     fields. A `.json` file may hold an array or JSON lines. A `.txt` file gives a passage a paragraph, paragraphs being
-    separated by blank lines; with `format="text"` a `.jsonl` or `.json` file of raw lines gives a passage a line. A CSV
-    spells a list as JSON.
+    separated by blank lines; with `format="text"` a `.jsonl` or `.json` file of raw lines gives a passage a line, and a
+    JSON array of texts (MUSE's files) a passage each. A CSV spells a list as JSON.
 
     A record's id is the row's own `id`, else the file's stem and the row's number: `forget10-00017`.
 
@@ -121,19 +121,19 @@ def _file_rows(path: Path, format: Format | None) -> Rows:
 def _json_rows(path: Path, format: Format | None) -> Rows:
     text = _read_text(path)
     if text.lstrip().startswith("["):
-        return _array_rows(path, text)
+        return _array_rows(path, text, format)
     if format == "text" and not text.lstrip().startswith("{"):
         return _line_rows(text)
     return _json_line_rows(path, text)
 
 
-def _array_rows(path: Path, text: str) -> Rows:
+def _array_rows(path: Path, text: str, format: Format | None) -> Rows:
     try:
         elements = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: {_not_json(error)}; the file begins as a JSON array of objects") from None
     for row, element in enumerate(elements, start=1):
-        yield row, _object(path, row, element)
+        yield row, {"text": element} if isinstance(element, str) and format == "text" else _object(path, row, element)
 
 
 def _json_line_rows(path: Path, text: str) -> Rows:
@@ -241,9 +241,8 @@ def _read_text(path: Path) -> str:
 
 def _object(path: Path, row: int, element: Any) -> Fields:
     if not isinstance(element, dict):
-        raise DataError(
-            f"{path}: row {row}: a JSON {type(element).__name__} stands there; expected an object of fields"
-        )
+        found = f"{path}: row {row}: a JSON {type(element).__name__} stands there"
+        raise DataError(f"{found}; expected an object of fields{_OR_TEXT if isinstance(element, str) else ''}")
     return element
 
 
@@ -260,7 +259,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-_OR_TEXT = ", or format='text' for lines of plain text"
+_OR_TEXT = ", or format='text' for lines of plain text and arrays of texts"
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([^/:]+)(?:/([^/:]+))?)?")
 

@@ -1,7 +1,10 @@
 """The shapes that rows come in, known by their fields, and how each becomes a record.
 
 TOFU's fields are those of Maini et al. 2024 (arXiv:2401.06121) as its files spell them, LUME's those of Ramakrishna et
-al. 2025 (arXiv:2502.15097). Articles are those of WMDP's biology corpora (Li et al. 2024, arXiv:2403.03218).
+al. 2025 (arXiv:2502.15097), RWKU's those of Jin et al. 2024 (arXiv:2406.10890), KnowUnDo's those of Tian et al. 2024
+(arXiv:2407.01920), MUSE's those of Shi et al. 2024 (arXiv:2407.06460): its `knowmem` rows are `question`, `answer`, its
+corpora and `privleak` rows `text` or bare texts. Articles are those of WMDP's biology corpora (Li et al. 2024,
+arXiv:2403.03218). Entity spans of TOFU's forget10 are those of the Unlearning Depth Score.
 """
 
 import re
@@ -25,6 +28,10 @@ Format = Literal[
     "article",
     "choice",
     "preference",
+    "tofu_entities",
+    "rwku",
+    "knowundo",
+    "muse_verbmem",
 ]
 """A schema by name. One is known from a row's fields; naming it makes every row keep to it."""
 
@@ -125,6 +132,28 @@ def _tofu_options(fields: Fields, id: str) -> Choice:
     if answer not in options:
         raise DataError(f"field 'answer' is {_shown(answer)}; expected the text of one of its options")
     return Choice(_text(fields, "question"), options, options.index(answer), _optional_text(fields, "subject"), id)
+
+
+def _tofu_entities(fields: Fields, id: str) -> QA:
+    """A question with the part of its answer that carries the fact; `idx` counts TOFU's forget10 from 0."""
+    answer, entity, row = _text(fields, "answer"), _text(fields, "entity"), fields["idx"]
+    start = answer.find(entity)
+    if start < 0:
+        raise DataError(f"field 'entity' is {_shown(entity)}; expected a part of field 'answer', letter for letter")
+    if not _is_whole(row) or row < 0:
+        raise DataError(f"field 'idx' is {_shown(row)}; expected the question's place in forget10, counted from 0")
+    # Twenty questions an author, one author after the other (TOFU, section 2.1).
+    subject = _optional_text(fields, "subject") or f"author-{row // 20:03d}"
+    return QA(_text(fields, "question"), answer, subject, entity_span=(start, start + len(entity)), id=id)
+
+
+def _rwku(fields: Fields, id: str) -> QA:
+    """A probe; level and, of an attack, its kind stand at the end of its id: `…/3/prefix injection`."""
+    level, kind = fields["level"], _optional_text(fields, "type")
+    if not (str(level) in ("1", "2", "3") and isinstance(level, str | int)):
+        raise DataError(f"field 'level' is {_shown(level)}; expected 1 (fill in), 2 (question) or 3 (attack)")
+    probe = "/".join(filter(None, (id, str(level), kind)))
+    return QA(_text(fields, "query"), _text(fields, "answer"), _optional_text(fields, "subject"), id=probe)
 
 
 def _lume(fields: Fields, id: str) -> QA:
@@ -287,5 +316,9 @@ SCHEMAS: dict[Format, Schema] = {
         Schema("preference", ("prompt", "chosen", "rejected"), (), _preference),
         Schema("text", ("text",), (), _passage),
         Schema("article", ("title", "abstract"), ("text",), _article),
+        Schema("tofu_entities", ("idx", "question", "answer", "entity"), (), _tofu_entities),
+        Schema("rwku", ("query", "answer", "level"), ("type",), _rwku),
+        Schema("knowundo", ("text", "labels"), (), _pair("text", "labels")),
+        Schema("muse_verbmem", ("prompt", "gt"), (), _pair("prompt", "gt")),
     )
 }

@@ -14,7 +14,7 @@ from palimpsest.data.batches import Batch, Encoded, batches, encode
 from palimpsest.data.prompts import Template
 from palimpsest.data.records import QA, Record
 from palimpsest.errors import ModelError
-from palimpsest.models.language_model import LanguageModel, evaluating
+from palimpsest.models.language_model import LanguageModel, evaluating, refuse_other_tokenizer
 from palimpsest.models.scoring import predict
 
 CHUNK = 2**24
@@ -81,8 +81,9 @@ def kl_per_item(
 
     Raises:
         DataError: a record without a completion.
-        ModelError: the models' vocabularies differ in size.
+        ModelError: the models' tokenizers differ, or their vocabularies differ in size.
     """
+    refuse_other_tokenizer(p_model, q_model)
     encoded = encode(records, p_model.tokenizer, template=template)
     with evaluating(p_model) as network:
         return _kl_per_item(

@@ -6,14 +6,13 @@ forced or suppressed tokens, length limits) can change an audit.
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from palimpsest.data.batches import Batch, batches, encode
+from palimpsest.data.batches import Batch, Encoded, batches, encode
 from palimpsest.data.prompts import Template
 from palimpsest.data.records import QA, Preference
 from palimpsest.models.inputs import forward_inputs
@@ -47,16 +46,27 @@ def generate_answers(
         DataError: a record without a question.
     """
     # Encoded with its answer, so that generation starts from the very tokens that scoring conditions on.
-    encoded = encode(records, model.tokenizer, template=template)
-    prompts = [replace(row, ids=row.prompt_ids, stop=row.start) for row in encoded]
+    prompts = [row.prompt_ids for row in encode(records, model.tokenizer, template=template)]
+    said = continuations(model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return [text.strip() for text in said]
+
+
+def continuations(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int = 32
+) -> list[str]:
+    """How a model goes on greedily after each of n prompts of token ids, with the spaces around it.
+
+    It ends as an answer does; arguments as those of `generate_answers`.
+    """
+    rows = [Encoded(tuple(ids), start=len(ids), stop=len(ids)) for ids in prompts]
     stops = torch.tensor(sorted(_stop_ids(model.tokenizer)), device=model.device)
-    answers = [""] * len(prompts)
+    texts = [""] * len(rows)
     with evaluating(model) as network:
-        for batch in batches(prompts, batch_size=batch_size, side="left"):
+        for batch in batches(rows, batch_size=batch_size, side="left"):
             said = _greedy(network, batch.to(model.device), stops, max_new_tokens)
             for row, ids in zip(batch.rows, said, strict=True):
-                answers[row] = str(model.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-    return answers
+                texts[row] = str(model.tokenizer.decode(ids, skip_special_tokens=True))
+    return texts
 
 
 def _greedy(network: PreTrainedModel, batch: Batch, stops: Tensor, max_new_tokens: int) -> list[list[int]]:

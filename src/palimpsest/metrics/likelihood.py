@@ -6,16 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from palimpsest.data.batches import batches, encode
+from palimpsest.data.batches import Encoded, batches, encode
 from palimpsest.data.prompts import Template
 from palimpsest.data.records import QA, Record
 from palimpsest.models.language_model import LanguageModel, evaluating
-from palimpsest.models.scoring import predict, score_rows
+from palimpsest.models.scoring import Predictions, predict, score_rows
 
 
 @dataclass(frozen=True, eq=False)
 class AnswerScores:
-    """Four readings of the same predictions; each [n] in fp32 on the CPU, in the records' order."""
+    """Readings of the same predictions; each [n] in fp32 on the CPU, in the records' order."""
 
     nll: Tensor
     """Mean negative log-likelihood of the answer's tokens, nats/token."""
@@ -25,6 +25,20 @@ class AnswerScores:
     exact_memorization: Tensor
     """Share of the answer's tokens that are the most likely one (Tirumala et al. 2022). Its floor is not 0: a model
     that never saw TOFU's authors scores 0.59, so compare it with gold."""
+    extraction_strength: Tensor
+    """Share of the answer that the model says by itself once it has been told the rest: 1 - k / tokens, k the shortest
+    beginning after which every token is the most likely one (Carlini et al. 2021; Dorna et al. 2025). 0 where the last
+    token is not."""
+    tokens: Tensor
+    """The answer's tokens."""
+
+    @property
+    def extraction_strength_open_unlearning(self) -> Tensor:
+        """OpenUnlearning's: its k stops at tokens - 1, so an answer of which nothing is said still has 1 / tokens.
+
+        Short answers therefore never look forgotten, and a wrong last token and a right one alone score the same.
+        """
+        return self.extraction_strength.clamp(min=1 / self.tokens)
 
     @property
     def probability(self) -> Tensor:
@@ -50,17 +64,30 @@ def answer_scores(
     Raises:
         DataError: a record without a completion.
     """
-    scores = torch.empty(3, len(records), dtype=torch.float32)
+    return target_scores(model, encode(records, model.tokenizer, template=template), batch_size=batch_size)
+
+
+def target_scores(model: LanguageModel, encoded: Sequence[Encoded], *, batch_size: int = 64) -> AnswerScores:
+    """The same scores of n encoded records, over whatever tokens are their targets."""
+    scores = torch.empty(5, len(encoded), dtype=torch.float32)
     with evaluating(model) as network:
-        for batch in batches(encode(records, model.tokenizer, template=template), batch_size=batch_size):
+        for batch in batches(encoded, batch_size=batch_size):
             batch, n_rows = batch.to(model.device), len(batch.rows)
             predictions = predict(network, batch)
             nll = predictions.mean_by_row(-predictions.logprobs(), n_rows)
             right = (predictions.logits.argmax(-1) == predictions.targets).float()
-            share = predictions.mean_by_row(right, n_rows)
-            all_right = predictions.sum_by_row(1 - right, n_rows) == 0
-            scores[:, list(batch.rows)] = torch.stack([nll, all_right.float(), share]).cpu()
+            share, tokens = predictions.mean_by_row(right, n_rows), batch.targets.sum(1)
+            strength = _right_to_the_end(predictions, right, n_rows) / tokens
+            scores[:, list(batch.rows)] = torch.stack([nll, (strength == 1).float(), share, strength, tokens]).cpu()
     return AnswerScores(*scores.unbind())
+
+
+def _right_to_the_end(predictions: Predictions, right: Tensor, n_rows: int) -> Tensor:
+    """[B] how many tokens of each row are right without a wrong one after them; `right` is 1 or 0, [N]."""
+    first = torch.searchsorted(predictions.row, predictions.row)
+    place = torch.arange(1, len(right) + 1, device=right.device) - first
+    last_wrong = place.new_zeros(n_rows).scatter_reduce(0, predictions.row, place * (right == 0), "amax")
+    return predictions.sum_by_row(torch.ones_like(right), n_rows) - last_wrong
 
 
 def answer_nll(

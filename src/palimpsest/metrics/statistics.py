@@ -4,6 +4,7 @@ Questions about one subject rise and fall together, so subjects, not questions, 
 resample whole subjects and standard errors sum within them.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from sys import float_info
@@ -155,6 +156,22 @@ def ks_forget_quality(truth_ratios: ArrayLike, retain_truth_ratios: ArrayLike) -
     ours, retain = _finite(truth_ratios), _finite(retain_truth_ratios)
     test = stats.ks_2samp(ours, retain)
     return ForgetQuality(float(test.pvalue), float(test.statistic), len(ours), len(retain))
+
+
+def over_seeds(values: Sequence[float], *, ratio: bool = False) -> tuple[float | None, float | None, float | None]:
+    """Mean and 95 % t-interval over seeds; of a ratio, the geometric ones. Fewer than two seeds give no interval.
+
+    Args:
+        values: one a seed.
+        ratio: take logarithms, so that a half and a double weigh alike.
+    """
+    if len(values) < 2 or (ratio and min(values) <= 0):
+        return (values[0] if values else None), None, None
+    taken = [math.log(value) for value in values] if ratio else list(values)
+    middle = float(np.mean(taken))
+    half = float(stats.t.ppf(0.975, len(taken) - 1) * np.std(taken, ddof=1)) / math.sqrt(len(taken))
+    found = (middle, middle - half, middle + half)
+    return tuple(math.exp(value) for value in found) if ratio else found  # type: ignore[return-value]
 
 
 def _tost_p(difference: float, error: float, freedom: int, margin: float) -> float:

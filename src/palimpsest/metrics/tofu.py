@@ -6,6 +6,7 @@ be those of a model that never read it. `tofu_log` computes the same from the au
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from scipy import stats
@@ -19,6 +20,11 @@ from palimpsest.metrics.likelihood import answer_nll
 from palimpsest.metrics.rouge import rouge
 from palimpsest.metrics.truth_ratio import truth_ratio_of, utility_truth_ratio
 from palimpsest.models.language_model import LanguageModel
+
+UtilityRatio = Literal["tofu_paper", "geometric", "open_unlearning"]
+"""The truth ratio in Model Utility: `tofu_paper` is that of the paper and TOFU's `utils.py`, `geometric` and
+`open_unlearning` give what OpenUnlearning reports. On the authors' own models the first is lower by .04 (0.586 against
+0.623 for full Llama-2-7B)."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class UtilityScores:
     rougeL_recall: Tensor
     """Of the greedy answer, with stemming."""
     truth_ratio: Tensor
-    """max(0, 1 - R), R the arithmetic mean of the wrong answers' probabilities over the paraphrase's."""
+    """max(0, 1 - R), R the truth ratio that was asked for."""
 
 
 def utility_scores(
@@ -55,6 +61,7 @@ def utility_scores(
     records: Sequence[QA],
     *,
     offered: bool,
+    definition: UtilityRatio = "tofu_paper",
     template: Template = "plain",
     max_new_tokens: int = 48,
     batch_size: int = 64,
@@ -66,6 +73,7 @@ def utility_scores(
         records: n questions, each with wrong answers.
         offered: read a probability as the right answer's share of all answers offered, as TOFU does on real authors and
             world facts; otherwise as it is, as on retain rows.
+        definition: which truth ratio.
         template: how question and answer are joined.
         max_new_tokens: the longest greedy answer, in tokens.
         batch_size: rows at a time; it never changes a score.
@@ -76,7 +84,7 @@ def utility_scores(
     probability, ratio = [], []
     for right, paraphrase, wrong in _nlls(model, records, template, batch_size):
         probability.append(torch.cat([-right[None], -wrong]).softmax(0)[0] if offered else torch.exp(-right))
-        ratio.append(truth_ratio_of(float(paraphrase), wrong.tolist()))
+        ratio.append(truth_ratio_of(float(paraphrase), wrong.tolist(), definition))
     said = generate_answers(model, records, template=template, max_new_tokens=max_new_tokens)
     return UtilityScores(
         torch.stack(probability),
@@ -89,6 +97,11 @@ def model_utility(sets: Sequence[UtilityScores]) -> float:
     """The harmonic mean of the means of all readings of all sets, nine in TOFU; 0 when one of them is 0."""
     readings = [reading for each in sets for reading in (each.probability, each.rougeL_recall, each.truth_ratio)]
     return float(stats.hmean([float(reading.double().mean()) for reading in readings]))
+
+
+def model_utility_definition(definition: UtilityRatio = "tofu_paper") -> str:
+    """The versioned name, e.g. `model_utility@tofu_paper`."""
+    return f"model_utility@{definition}"
 
 
 def _nlls(

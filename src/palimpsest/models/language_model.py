@@ -142,6 +142,23 @@ def evaluating(model: LanguageModel) -> Iterator[PreTrainedModel]:
         model.network.train(was_training)
 
 
+def refuse_other_tokenizer(model: LanguageModel, other: LanguageModel) -> None:
+    """Refuse to compare models token by token where a token of one is not that of the other.
+
+    Raises:
+        ModelError: their vocabularies differ.
+    """
+    ours, theirs = model.tokenizer.get_vocab(), other.tokenizer.get_vocab()
+    if ours == theirs:
+        return
+    token = min(token for token, _ in ours.items() ^ theirs.items())
+    numbers = f"{theirs.get(token, 'missing')} in one and {ours.get(token, 'missing')} in the other"
+    raise ModelError(
+        f"{other.name}: its tokenizer is not that of {model.name} (token {token!r} is {numbers}); "
+        "compare models that share one"
+    )
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes in memory order, for hashing."""
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data.cast("B")

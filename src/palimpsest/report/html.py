@@ -26,10 +26,10 @@ def render_html(audit: Audit) -> str:
     here (by hash) and nothing be fetched.
     """
     spots = figures.places(audit)
-    script = _part("script.js")
+    script = part("script.js")
     plotly = _harmless(get_plotlyjs()) if spots else ""
     return (
-        _environment()
+        environment()
         .get_template("page.html.j2")
         .render(
             audit=audit,
@@ -48,7 +48,7 @@ def render_html(audit: Audit) -> str:
             compared={m.key: [model for model in audit.models if m.key in model.against_gold] for m in audit.measures},
             facts=facts(audit) if audit.examples else None,
             spec=yaml.safe_dump(audit.spec, sort_keys=False, allow_unicode=True) if audit.spec else "",
-            style=Markup(_part("style.css")),
+            style=Markup(part("style.css")),
             script=Markup(script),
             plotly=Markup(plotly),
             script_hashes=[_source_hash(source) for source in (plotly, script) if source],
@@ -103,7 +103,8 @@ def _first_shown(audit: Audit) -> str | None:
     return next((model.name for model in whole or unlearned), None)
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Where the pages' templates are, with the filters they share."""
     environment = Environment(
         loader=PackageLoader("palimpsest.report", "."),
         autoescape=True,
@@ -132,7 +133,8 @@ def _underwriting(audit: Audit) -> str:
     return " · ".join([told] * (_UNDERWRITING // (len(told) + 3) + 1))[:_UNDERWRITING]
 
 
-def _part(name: str) -> str:
+def part(name: str) -> str:
+    """The text of a file beside the templates."""
     return resources.files("palimpsest.report").joinpath(name).read_text(encoding="utf-8")
 
 

@@ -1,12 +1,7 @@
 """A paper's claim as a number that is measured over seeds, and what the measurement says of it."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
 from typing import Literal
-
-from scipy import stats
 
 Verdict = Literal["reproduced", "contradicted", "inconclusive", "not testable here"]
 
@@ -40,19 +35,3 @@ class Claim:
         if self.low > self.bound:
             return "contradicted" if self.below else "reproduced"
         return "inconclusive"
-
-
-def over_seeds(values: Sequence[float], *, ratio: bool = False) -> tuple[float | None, float | None, float | None]:
-    """Mean and 95 % t-interval over seeds; of a ratio, the geometric ones. Fewer than two seeds give no interval.
-
-    Args:
-        values: one a seed.
-        ratio: take logarithms, so that a half and a double weigh alike.
-    """
-    if len(values) < 2 or (ratio and min(values) <= 0):
-        return (values[0] if values else None), None, None
-    taken = [math.log(value) for value in values] if ratio else list(values)
-    middle = mean(taken)
-    half = float(stats.t.ppf(0.975, len(taken) - 1)) * stdev(taken) / math.sqrt(len(taken))
-    found = (middle, middle - half, middle + half)
-    return tuple(math.exp(value) for value in found) if ratio else found  # type: ignore[return-value]

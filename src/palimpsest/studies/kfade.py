@@ -15,10 +15,11 @@ from palimpsest.data.records import QA, Passage
 from palimpsest.files import write_json
 from palimpsest.metrics.divergence import kl_per_item
 from palimpsest.metrics.likelihood import answer_probability
+from palimpsest.metrics.statistics import over_seeds
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.organism import train_sham
 from palimpsest.progress import console
-from palimpsest.studies.claims import Claim, over_seeds
+from palimpsest.studies.claims import Claim
 from palimpsest.studies.regimes import REGIMES, Setting
 from palimpsest.unlearn.descent import Descent
 from palimpsest.unlearn.gradient_ascent import GradientDifference

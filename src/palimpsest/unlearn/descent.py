@@ -10,6 +10,7 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from palimpsest.models.checkpoint import Checkpoints
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.progress import progress
 from palimpsest.unlearn.gauge import Gauge
+from palimpsest.unlearn.line_search import cross
+from palimpsest.unlearn.lora import low_rank, merged
 from palimpsest.unlearn.losses import Objective
 from palimpsest.unlearn.method import Method
 from palimpsest.unlearn.request import Request
@@ -33,8 +36,6 @@ FARTHEST = 0.25
 """The share of the way from the start to the forget level that one stretch between measurements may go."""
 HALVINGS = 12
 """How often the rate may be halved."""
-BISECTIONS = 8
-"""Halvings of the last stretch: its level is met within 1/256 of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +52,13 @@ class Descent(Method):
     """Forget rows a step; as many retain rows where the method uses them."""
     clip: float = 1.0
     """The largest allowed norm of the gradient."""
+    rank: int | None = None
+    """Train low-rank factors (LoRA) of this rank beside the linear maps that would change; the weights when None."""
 
     def __post_init__(self) -> None:
         self._refuse_unless_positive("learning_rate", "batch_size", "clip")
+        if self.rank is not None:
+            self._refuse_unless_positive("rank")
 
     @abstractmethod
     def objective(self, model: LanguageModel, request: Request) -> Objective:
@@ -75,37 +80,55 @@ def descend(method: Descent, model: LanguageModel, request: Request, stop: Stop,
     base = {"base_weights": model.weights_hash(), "base": model.fingerprint()}
     provenance = {"method": method.settings(), "stop": asdict(stop), "request": request.hash, **base}
     checkpoints = Checkpoints(folder, content_hash(provenance)) if folder else None
-    parameters, was_training = method.parameters(model), model.network.training
-    start = copied(parameters)
-    try:
-        run = _Run(method, model, request, stop, checkpoints)
-        reason = run.to_the_end()
-        trace = [asdict(point) for point in run.trace]
-        found = {"stopped": reason, "trace": trace, "last_rate": run.rate, "seconds": run.seconds()}
-        return Update.between(start, parameters, provenance | found)
-    finally:
-        put(parameters, start)
-        model.network.zero_grad()
-        model.network.train(was_training)
+    was_training = model.network.training
+    with _changing(method, model) as parameters:
+        start = copied(parameters)
+        try:
+            run = _Run(method, model, request, stop, checkpoints, parameters)
+            reason = run.to_the_end()
+            trace = [asdict(point) for point in run.trace]
+            found = {"stopped": reason, "trace": trace, "last_rate": run.rate, "seconds": run.seconds()}
+            if method.rank:
+                return Update(merged(model, parameters), provenance | found)
+            return Update.between(start, parameters, provenance | found)
+        finally:
+            put(parameters, start)
+            model.network.zero_grad()
+            model.network.train(was_training)
+
+
+def _changing(method: Descent, model: LanguageModel) -> AbstractContextManager[dict[str, Tensor]]:
+    """What the optimiser steps, by name: the method's parameters, or factors beside them."""
+    parameters = method.parameters(model)
+    if method.rank:
+        return low_rank(model, parameters, method.rank, method.seed, method=method.name)
+    return nullcontext(parameters)
 
 
 class _Run:
     """The state of one run: the optimiser, the trace of measurements, and the weights at the last of them."""
 
     def __init__(
-        self, method: Descent, model: LanguageModel, request: Request, stop: Stop, checkpoints: Checkpoints | None
+        self,
+        method: Descent,
+        model: LanguageModel,
+        request: Request,
+        stop: Stop,
+        checkpoints: Checkpoints | None,
+        parameters: Mapping[str, Tensor],
     ) -> None:
         self.started = time.monotonic()
         self.method, self.model, self.stop, self.checkpoints = method, model, stop, checkpoints
-        self.parameters = method.parameters(model)
+        self.parameters = parameters
         self.objective = method.objective(model, request)
+        self.memory: dict[str, float] = getattr(self.objective, "memory", {})
         self.halvings = 0
         self.optimizer = self._fresh_optimizer()
         self.gauge = Gauge(model, request)
         self.step = 0
         self.trace = [self._measure(0)]
         self._resume()
-        self.last = copied(self.parameters)
+        self._keep()
 
     def to_the_end(self) -> str:
         """Step until something stops the run; the model is left where it stopped. Says why, for people."""
@@ -126,7 +149,7 @@ class _Run:
                 if self.stop.reason(now):
                     return self._go_back_to_the_level(now)
                 self.trace.append(now)
-                self.last = copied(self.parameters)
+                self._keep()
                 self._save()
         return f"its {self.stop.steps} steps were used up"
 
@@ -177,9 +200,13 @@ class _Run:
             return False
         return self.stop.share_of_the_way(self.trace[0], self.trace[-1], now, self.gauge.noise) > FARTHEST
 
+    def _keep(self) -> None:
+        self.last, self.last_memory = copied(self.parameters), dict(self.memory)
+
     def _take_back(self) -> None:
         """Go on from the last measurement at half the rate; the steps are spent, so the next batches are others."""
         put(self.parameters, self.last)
+        self.memory.update(self.last_memory)
         self.halvings += 1
         self.optimizer = self._fresh_optimizer()
 
@@ -189,18 +216,12 @@ class _Run:
     def _go_back_to_the_level(self, now: Measurement) -> str:
         """Bisect the stretch since the last measurement for where the run had to stop first; says why it had to."""
         start, end, begun = self.last, copied(self.parameters), self.trace[-1].step
-        low, before = 0.0, self.trace[-1]
-        high, beyond = 1.0, now
-        for _ in range(BISECTIONS):
-            share = (low + high) / 2
+
+        def at(share: float) -> Measurement:
             self._put_between(start, end, share)
-            now = self._measure(begun + share * (self.step - begun))
-            if self.stop.reason(now):
-                high, beyond = share, now
-            else:
-                low, before = share, now
-        # A target must be reached, so the run ends beyond it; a budget must not be overrun, so it ends before.
-        share, last = (low, before) if self.stop.over_budget(beyond) else (high, beyond)
+            return self._measure(begun + share * (self.step - begun))
+
+        share, last, beyond = cross(self.stop, at, self.trace[-1], now)
         self._put_between(start, end, share)
         if share > 0:
             self.trace.append(last)
@@ -212,7 +233,7 @@ class _Run:
     def _save(self) -> None:
         if self.checkpoints:
             trace = [asdict(point) for point in self.trace]
-            notes = {"trace": trace, "halvings": self.halvings, "seconds": self.seconds()}
+            notes = {"trace": trace, "halvings": self.halvings, "seconds": self.seconds(), "memory": self.memory}
             self.checkpoints.save(self.step, self.parameters, [self.optimizer], notes)
 
     def _resume(self) -> None:
@@ -222,4 +243,5 @@ class _Run:
                 group["lr"] = self.rate
             self.trace = [Measurement(**point) for point in state.notes["trace"]]
             self.started -= state.notes["seconds"]
+            self.memory.update(state.notes["memory"])
             put(self.parameters, state.tensors)

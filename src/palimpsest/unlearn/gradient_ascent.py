@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.scoring import predict
 from palimpsest.unlearn.descent import Descent
-from palimpsest.unlearn.losses import Objective, RetainTerm, retain_loss, sampler, token_mean_nll
+from palimpsest.unlearn.keeping import Keeping
+from palimpsest.unlearn.losses import Objective, RetainTerm, sampler, token_mean_nll
 from palimpsest.unlearn.request import Request
 
 
@@ -26,23 +25,29 @@ class GradientAscent(Descent):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientDifference(Descent):
+class GradientDifference(Keeping):
     """Minimise -forget_weight * NLL(forget) + retain_weight * retain term."""
 
     name: ClassVar[str] = "grad_diff"
     source: ClassVar[str] = "Liu et al. 2022, arXiv 2203.12817; Maini et al. 2024 (TOFU), arXiv 2401.06121, section 3"
 
     forget_weight: float = 1.0
-    retain_weight: float = 1.0
-    retain_term: RetainTerm = "nll"
 
-    def objective(self, model: LanguageModel, request: Request) -> Objective:
-        """The weighted difference, nats/token."""
+    def forget_loss(self, model: LanguageModel, request: Request) -> Objective:
+        """-forget_weight * NLL(forget), nats/token."""
         forget = sampler(self, model, request, request.forget)
-        keep = retain_loss(self.retain_term, self, model, request) if self.retain_weight else None
+        return lambda step: -self.forget_weight * token_mean_nll(predict(model.network, forget.at(step)))
 
-        def loss(step: int) -> Tensor:
-            ascent = -self.forget_weight * token_mean_nll(predict(model.network, forget.at(step)))
-            return ascent + self.retain_weight * keep(step) if keep else ascent
 
-        return loss
+@dataclass(frozen=True, kw_only=True)
+class KLMinimization(GradientDifference):
+    """Gradient difference that keeps by KL(start model || model) on retain rows.
+
+    TOFU averages the KL over a row's tokens, the question's among them, and its code over padding too; here it is the
+    answers' tokens, as in every other loss.
+    """
+
+    name: ClassVar[str] = "kl_min"
+    source: ClassVar[str] = "Maini et al. 2024 (TOFU), arXiv 2401.06121, section 3, KL minimization"
+
+    retain_term: RetainTerm = "kl"

@@ -2,10 +2,14 @@
 
 from collections.abc import Callable
 
+from palimpsest.unlearn.stopping import Measurement, Stop
+
 NARROWINGS = 30
 """Evaluations at most, once the goal is bracketed."""
 HALVINGS = 10
 """Of a guess at which the value is no lower than at 0."""
+BISECTIONS = 8
+"""Of a stretch in which a run had to stop: its level is met within 1/256 of it."""
 
 
 def meet(value: Callable[[float], float], goal: float, guess: float, *, tolerance: float, largest: float) -> float:
@@ -57,3 +61,29 @@ def meet(value: Callable[[float], float], goal: float, guess: float, *, toleranc
             at_high = at_high / 2 if moved == "low" else at_high
             low, at_low, moved = middle, at_middle, "low"
     return high
+
+
+def cross(
+    stop: Stop, at: Callable[[float], Measurement], before: Measurement, beyond: Measurement
+) -> tuple[float, Measurement, Measurement]:
+    """Bisect a stretch for where a run had to stop first.
+
+    Args:
+        stop: when it has to.
+        at: measures a share of the stretch, from 0 to 1.
+        before: the measurement at 0, where it need not stop.
+        beyond: the one at 1, where it must.
+
+    Returns:
+        The share to stop at, the measurement there, and the first measured that gives the reason. A target must be
+        reached, so the run ends beyond it; a budget must not be overrun, so it ends before.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        now = at(middle)
+        if stop.reason(now):
+            high, beyond = middle, now
+        else:
+            low, before = middle, now
+    return (low, before, beyond) if stop.over_budget(beyond) else (high, beyond, beyond)

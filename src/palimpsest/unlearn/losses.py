@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from palimpsest.data.batches import Batch, Encoded, batch_at, encode
 from palimpsest.data.records import Text
@@ -14,13 +13,18 @@ from palimpsest.errors import SpecError
 from palimpsest.metrics.divergence import token_kl
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.scoring import Predictions, predict
+from palimpsest.unlearn.lora import frozen_start
 from palimpsest.unlearn.request import Request
 
 if TYPE_CHECKING:
     from palimpsest.unlearn.descent import Descent
 
 Objective = Callable[[int], Tensor]
-"""The loss to go down at a step, nats; it reads the model's present weights."""
+"""The loss to go down at a step, nats; it reads the model's present weights.
+
+One that remembers more than the weights between steps keeps it in `memory`, a dictionary of numbers. It goes into
+checkpoints, and is put back when a stretch is taken back.
+"""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ RetainTerm = Literal["nll", "kl"]
 def retain_loss(term: RetainTerm, method: "Descent", model: LanguageModel, request: Request) -> Objective:
     """What keeps the retain set: nats/token over the answers of a retain batch.
 
-    The KL term holds a frozen copy of the start model in memory.
+    The KL term holds a frozen copy of the start model in memory, unless low-rank factors are trained.
 
     Raises:
         SpecError: no such term.
@@ -72,11 +76,12 @@ def retain_loss(term: RetainTerm, method: "Descent", model: LanguageModel, reque
     rows = sampler(method, model, request, request.retain, salt=1)
     if term == "nll":
         return lambda step: token_mean_nll(predict(model.network, rows.at(step)))
-    start = model.copy().network.requires_grad_(False)
-    return lambda step: _kl(start, model.network, rows.at(step))
+    start = frozen_start(model)
 
+    def kl(step: int) -> Tensor:
+        batch = rows.at(step)
+        with start() as frozen:
+            reference = predict(frozen.network, batch).logits.log_softmax(-1)
+        return token_kl(reference, predict(model.network, batch).logits).mean()
 
-def _kl(start: PreTrainedModel, network: PreTrainedModel, batch: Batch) -> Tensor:
-    with torch.no_grad():
-        reference = predict(start, batch).logits.log_softmax(-1)
-    return token_kl(reference, predict(network, batch).logits).mean()
+    return kl

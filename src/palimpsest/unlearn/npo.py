@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.scoring import predict, score_rows
-from palimpsest.unlearn.descent import Descent
-from palimpsest.unlearn.losses import Objective, RetainTerm, retain_loss, row_sum_logprobs, sampler
+from palimpsest.unlearn.keeping import Keeping
+from palimpsest.unlearn.losses import Objective, row_sum_logprobs, sampler
 from palimpsest.unlearn.request import Request
 
 
 @dataclass(frozen=True, kw_only=True)
-class NPO(Descent):
+class NPO(Keeping):
     """Minimise -(2/beta) * mean log sigmoid(-beta * log(p / p_start)) on forget answers, plus a retain term.
 
     p is the probability of the whole answer (log-probabilities summed over its tokens, as in the paper). Those of the
@@ -24,26 +24,44 @@ class NPO(Descent):
     source: ClassVar[str] = "Zhang et al. 2024, arXiv 2404.05868, equation 3"
 
     beta: float = 0.1
-    retain_weight: float = 1.0
-    retain_term: RetainTerm = "nll"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._refuse_unless_positive("beta")
 
-    def objective(self, model: LanguageModel, request: Request) -> Objective:
-        """NPO's loss plus the weighted retain term."""
+    def forget_loss(self, model: LanguageModel, request: Request) -> Objective:
+        """NPO's loss."""
         forget = sampler(self, model, request, request.forget)
         start = score_rows(model, forget.encoded, row_sum_logprobs).to(model.device)
-        keep = retain_loss(self.retain_term, self, model, request) if self.retain_weight else None
 
         def loss(step: int) -> Tensor:
             batch = forget.at(step)
             logprobs = row_sum_logprobs(predict(model.network, batch), len(batch.rows))
-            npo = npo_loss(logprobs, start[list(batch.rows)], self.beta)
-            return npo + self.retain_weight * keep(step) if keep else npo
+            return self._loss(logprobs, start[list(batch.rows)], batch.targets.sum(1))
 
         return loss
+
+    def _loss(self, logprobs: Tensor, start: Tensor, n_tokens: Tensor) -> Tensor:
+        """From log-probabilities of whole answers, now and at the start, and the answers' lengths; all [B]."""
+        return npo_loss(logprobs, start, self.beta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NPOTokenMean(NPO):
+    """NPO whose p is the geometric mean over all answer tokens of a batch, which is then one row of the loss.
+
+    So it is in code that goes by the name of NPO on WMDP (Unlearn-Simple, Unlearn-Smooth), where a model's own loss
+    takes the place of the answer's log-probability: beta then counts nats/token and no answer saturates by itself.
+    """
+
+    name: ClassVar[str] = "npo_tokenmean"
+    source: ClassVar[str] = (
+        "OPTML-Group/Unlearn-Simple and Unlearn-Smooth, WMDP; not the equation of the paper they cite"
+    )
+
+    def _loss(self, logprobs: Tensor, start: Tensor, n_tokens: Tensor) -> Tensor:
+        n = n_tokens.sum()
+        return npo_loss(logprobs.sum() / n, start.sum() / n, self.beta)
 
 
 def npo_loss(logprobs: Tensor, start: Tensor, beta: float) -> Tensor:

@@ -13,6 +13,7 @@ from palimpsest.models.hooks import capture
 from palimpsest.models.inputs import forward_inputs
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.unlearn.descent import Descent
+from palimpsest.unlearn.lora import frozen_start
 from palimpsest.unlearn.losses import Objective, Sampler, sampler
 from palimpsest.unlearn.request import Request
 from palimpsest.unlearn.weights import trainable
@@ -109,13 +110,14 @@ def distance(hidden: Tensor, target: Tensor, batch: Batch) -> Tensor:
 
 
 def _hold(model: LanguageModel, retain: Sampler, site: Site) -> Objective:
-    """How far a retain batch has moved from where a frozen copy of the start model has it."""
-    start = model.copy()
-    start.network.requires_grad_(False)
+    """How far a retain batch has moved from where the start model has it."""
+    start = frozen_start(model)
 
     def moved(step: int) -> Tensor:
         batch = retain.at(step)
-        return distance(hidden_states(model, batch, site), hidden_states(start, batch, site), batch)
+        with start() as frozen:
+            held = hidden_states(frozen, batch, site)
+        return distance(hidden_states(model, batch, site), held, batch)
 
     return moved
 

@@ -49,11 +49,23 @@ _RATE_AND_BATCH: Space = {"learning_rate": Between(1e-5, 3e-3), "batch_size": (4
 _RETAIN: Space = {"retain_weight": Between(0.1, 100), "retain_term": ("nll", "kl")}
 
 SPACES: dict[str, Space] = {
+    "kfade": {"forget_copies": (0, 1, 2, 4), "pull_backs": (0, 1, 2, 3), "coupled": (True, False)},
     "grad_ascent": _RATE_AND_BATCH,
     "grad_diff": {**_RATE_AND_BATCH, **_RETAIN},
     "npo": {**_RATE_AND_BATCH, **_RETAIN, "beta": Between(0.01, 3)},
     "simnpo": {**_RATE_AND_BATCH, **_RETAIN, "beta": Between(0.5, 10), "gamma": Between(0, 3, log=False)},
+    "kl_min": {**_RATE_AND_BATCH, "retain_weight": Between(0.1, 100)},
+    "wga": {**_RATE_AND_BATCH, **_RETAIN, "beta": Between(0.1, 10)},
+    "satimp": {**_RATE_AND_BATCH, **_RETAIN, "saturation": Between(0.1, 10), "importance": Between(0.1, 10)},
+    "npo_tokenmean": {**_RATE_AND_BATCH, **_RETAIN, "beta": Between(0.01, 10)},
+    "npo_sam": {**_RATE_AND_BATCH, **_RETAIN, "beta": Between(0.01, 3), "rho": Between(1e-3, 1)},
+    "dpo": {**_RATE_AND_BATCH, **_RETAIN, "beta": Between(0.01, 3)},
+    "altpo": {**_RATE_AND_BATCH, **_RETAIN, "beta": Between(0.01, 3)},
     "random_labels": {**_RATE_AND_BATCH, **_RETAIN, "labels": ("fixed", "resampled")},
+    "idk": {**_RATE_AND_BATCH, **_RETAIN},
+    "undial": {**_RATE_AND_BATCH, "strength": Between(1, 30), "retain_weight": (0.0, 0.1, 1.0, 10.0)},
+    "ceu": _RATE_AND_BATCH,
+    "pdu": {**_RATE_AND_BATCH, "dual_step": Between(0.01, 10)},
     "rmu": {**_RATE_AND_BATCH, "coefficient": Between(1, 100), "alpha": Between(0.1, 1000)},
 }
 """Where to look, by method. RMU's layer is left to the caller, who knows the model's depth: `{"layer": (1, 2, 3)}`."""
@@ -161,7 +173,7 @@ def search(
 
 def _refuse_unless_searchable(method: Method, space: Space, stop: Stop, trials: int) -> None:
     name, defaults = method.name, method.settings()
-    if find_spec("optuna") is None:
+    if trials > 1 and find_spec("optuna") is None:
         raise SpecError("a search needs optuna, which is not installed; pip install palimpsest[search]")
     if stop.forget_probability is None:
         raise SpecError(f"{name}: a search compares trials at one forget level, but stop has no forget_probability")

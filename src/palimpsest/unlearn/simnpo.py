@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.scoring import predict
-from palimpsest.unlearn.descent import Descent
-from palimpsest.unlearn.losses import Objective, RetainTerm, retain_loss, sampler
+from palimpsest.unlearn.keeping import Keeping
+from palimpsest.unlearn.losses import Objective, sampler
 from palimpsest.unlearn.request import Request
 
 
 @dataclass(frozen=True, kw_only=True)
-class SimNPO(Descent):
+class SimNPO(Keeping):
     """Minimise -(2/beta) * mean log sigmoid(-(beta/|y|) * log p - gamma) on forget answers, plus a retain term.
 
     p is the probability of the whole answer and |y| its number of tokens, so that long answers are not held for
@@ -30,23 +30,20 @@ class SimNPO(Descent):
     gamma: float = 0.0
     """The margin, in units of beta times nats/token: above 0 pushes on for longer."""
     retain_weight: float = 8.0
-    retain_term: RetainTerm = "nll"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._refuse_unless_positive("beta")
 
-    def objective(self, model: LanguageModel, request: Request) -> Objective:
-        """SimNPO's loss plus the weighted retain term."""
+    def forget_loss(self, model: LanguageModel, request: Request) -> Objective:
+        """SimNPO's loss."""
         forget = sampler(self, model, request, request.forget)
-        keep = retain_loss(self.retain_term, self, model, request) if self.retain_weight else None
 
         def loss(step: int) -> Tensor:
             batch = forget.at(step)
             predictions = predict(model.network, batch)
             logprobs = predictions.mean_by_row(predictions.logprobs(), len(batch.rows))
-            simnpo = simnpo_loss(logprobs, self.beta, self.gamma)
-            return simnpo + self.retain_weight * keep(step) if keep else simnpo
+            return simnpo_loss(logprobs, self.beta, self.gamma)
 
         return loss
 
