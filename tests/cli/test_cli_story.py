@@ -272,7 +272,19 @@ VERBS = dict(commands(typer.main.get_command(app)))
 
 def test_the_verbs() -> None:
     assert set(VERBS) - {""} == {
-        *("demo", "run", "compare", "train", "unlearn", "audit", "verify", "report", "doctor", "metrics", "metrics tofu-log"),
+        *(
+            "demo",
+            "run",
+            "compare",
+            "train",
+            "unlearn",
+            "audit",
+            "verify",
+            "report",
+            "doctor",
+            "metrics",
+            "metrics tofu-log",
+        ),
         *("update", "update show", "update reapply", "update adapter", "studies", "studies run"),
     }
 
