@@ -23,7 +23,7 @@ demo: env  ## Train a model, make it forget, audit it, and print where the repor
 	$(BIN)/palimpsest demo --out $(RUNS)/demo
 
 test: env lint  ## Everything that must pass
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-slow: env  ## The tests that take minutes
 	$(BIN)/pytest -m slow
