@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palimpsest.audit.comparison import Compared, Comparison, comparison_from
+from palimpsest.audit.comparison import Compared, Comparison
 from palimpsest.report.comparison import HEIGHT, WIDTH, comparison_markdown, picture, render_comparison
 
 
@@ -58,9 +58,11 @@ def test_the_front_is_what_nothing_beats_in_both(spots: list[tuple[float, float]
         assert (place in front) != beaten
 
 
-def test_it_comes_back_from_json() -> None:
+def test_as_json_it_has_every_model_the_means_and_the_front() -> None:
     found = comparison(model("npo", 0, 0.01, 0.2, beta=0.3))
-    assert comparison_from(json.loads(json.dumps(found.to_json()))) == found
+    plain = json.loads(json.dumps(found.to_json()))
+    assert [Compared(**one) for one in plain["models"]] == list(found.models)
+    assert plain["means"]["npo"]["harm"]["value"] == pytest.approx(0.01) and plain["front"] == ["npo"]
 
 
 def test_without_other_wordings_distance_from_gold_is_what_is_left() -> None:

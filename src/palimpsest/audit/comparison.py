@@ -1,6 +1,6 @@
 """Models side by side at one forget level, over seeds: what each still says, what it cost. Plain data and its means."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -120,12 +120,6 @@ class Comparison:
             for name in self.names
         }
         return asdict(self) | {"means": means, "front": self.front()}
-
-
-def comparison_from(plain: Mapping[str, Any]) -> Comparison:
-    """Back from `to_json`."""
-    models = tuple(Compared(**model) for model in plain["models"])
-    return Comparison(plain["title"], plain["trials"], models, plain["spec"])
 
 
 def _beats(one: Sequence[float], other: Sequence[float]) -> bool:

@@ -34,10 +34,6 @@ class IDK(OtherAnswers):
         super().__post_init__()
         take_refusals(self)
 
-    def settings(self) -> dict[str, Any]:
-        """Name and settings, for provenance: as JSON gives them back."""
-        return super().settings() | {"refusals": list(self.refusals)}
-
     def asked(self, request: Request, row: int, epoch: int) -> QA:
         """A forget row with the refusal that it has in an epoch."""
         record = question(self.name, request.forget[row])

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
@@ -88,10 +88,6 @@ class KFade(Method):
         from palimpsest.unlearn.climb import climb
 
         return climb(self, model, request, stop or Stop(), folder)
-
-    def settings(self) -> dict[str, Any]:
-        """Name and settings, for provenance: as JSON gives them back."""
-        return super().settings() | {"modules": list(self.modules)}
 
     def loss(self, logprobs: Tensor) -> Tensor:
         """[N] what goes down while the forget set is forgotten, for log-probabilities [N] of its tokens.

@@ -1,5 +1,6 @@
 """What every unlearning method is: frozen settings, and one run that turns a model and a request into an update."""
 
+import json
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -42,8 +43,9 @@ class Method(ABC):
         """
 
     def settings(self) -> dict[str, Any]:
-        """Name and settings, for provenance."""
-        return {"name": self.name, **asdict(self)}
+        """Name and settings, for provenance: as JSON gives them back, lists for tuples."""
+        settings: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return {"name": self.name, **settings}
 
     @classmethod
     def setting_names(cls) -> list[str]:

@@ -46,10 +46,6 @@ class Needle(Method):
             ) from None
         object.__setattr__(self, "vectors", vectors)  # JSON gives lists back
 
-    def settings(self) -> dict[str, Any]:
-        """Name and settings, for provenance: as JSON gives them back."""
-        return super().settings() | {"vectors": [list(vector) for vector in self.vectors]}
-
     def run(
         self, model: LanguageModel, request: Request, stop: Stop | None = None, *, folder: str | Path | None = None
     ) -> Update:

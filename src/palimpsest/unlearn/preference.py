@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -79,10 +79,6 @@ class DPO(Preferring):
     def __post_init__(self) -> None:
         super().__post_init__()
         take_refusals(self)
-
-    def settings(self) -> dict[str, Any]:
-        """Name and settings, for provenance: as JSON gives them back."""
-        return super().settings() | {"refusals": list(self.refusals)}
 
     def preferred(self, model: LanguageModel, request: Request) -> list[list[QA]]:
         """Every refusal, for every row."""
