@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tests.tiny import invoke
 
-from palimpsest.studies import kfade
+from palimpsest.studies import kfade, task_cells, task_forgetting
 from palimpsest.studies.claims import Claim
 
 CLAIMS = [
@@ -42,7 +42,7 @@ def test_people_get_a_table(asked: list[kfade.Plan]) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["kfad"], "error: study 'kfad' is unknown; there is kfade"),
+        (["task_forgetting", "--model", "gpt2"], "error: --model and --tasks go together: a model of yours and the"),
         (["kfade", "--regime", "peopel"], "error: --regime peopel: unknown; there are people, topic, tofu"),
         (["kfade", "--cell", "ekfca"], "error: --cell ekfca: unknown; there are controls, kfade, "),
         (
@@ -56,4 +56,21 @@ def test_what_is_refused_in_one_line(options: list[str], says: str, tmp_path: Pa
     code, out, err = invoke("studies", "run", *options, "--seeds", 1, "--out", tmp_path)
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith(says)
-    assert not (tmp_path / "kfade").exists() or not any((tmp_path / "kfade").rglob("*.json"))
+    assert not any(tmp_path.rglob("*.json"))
+
+
+def test_a_study_that_does_not_exist_is_refused() -> None:
+    code, out, err = invoke("studies", "run", "kfad")
+    assert (code, out) == (2, "") and "No such command 'kfad'" in err
+
+
+def test_the_study_of_tasks_takes_ones_own_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(task_forgetting, "run", lambda *given: asked.append(given) or CLAIMS)
+    monkeypatch.setattr(task_cells, "given", lambda model, tasks, seed: (model, tasks, seed))
+    own = ["--model", "some/model", "--tasks", tmp_path / "tasks", "--seeds", 2, "--out", tmp_path]
+    assert invoke("studies", "run", "task_forgetting", *own)[0] == 0
+    assert invoke("studies", "run", "task_forgetting")[0] == 0
+    (setting, seeds, folder), (toy, *_) = asked  # type: ignore[misc]
+    assert setting(1) == ("some/model", tmp_path / "tasks", 1) and list(seeds) == [0, 1]
+    assert folder == tmp_path / "task_forgetting" and toy is task_cells.toy

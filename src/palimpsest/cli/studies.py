@@ -16,39 +16,68 @@ from palimpsest.progress import console
 if TYPE_CHECKING:
     from palimpsest.studies.claims import Claim
 
-STUDIES = ("kfade",)
-
 app = typer.Typer(help="Test papers' claims in worlds whose truth is known.", no_args_is_help=True)
+studies = typer.Typer(
+    help="Measure what is missing, then print every claim with its estimate, interval and verdict.",
+    no_args_is_help=True,
+)
+app.add_typer(studies, name="run")
+
+Seeds = Annotated[int, typer.Option(help="How many seeds, from the first on.", min=1)]
+FirstSeed = Annotated[int, typer.Option(help="The first seed.", min=0)]
+Out = Annotated[Path, typer.Option(help="Keeps what was measured; a study that was stopped goes on.")]
 
 
-@app.command("run")
-def run(
-    name: Annotated[str, typer.Argument(help="Which study: kfade.")],
-    seeds: Annotated[int, typer.Option(help="How many seeds, from the first on.", min=1)] = 5,
-    first_seed: Annotated[int, typer.Option(help="The first seed.", min=0)] = 0,
+@studies.command("kfade")
+def kfade(
+    seeds: Seeds = 5,
+    first_seed: FirstSeed = 0,
     regime: Annotated[list[str] | None, typer.Option(help="people, topic or tofu; several may be given.")] = None,
     cell: Annotated[list[str] | None, typer.Option(help="Measure only these models, e.g. kfade, npo.")] = None,
     trials: Annotated[int, typer.Option(help="Trials of each first-order method's tuning.", min=1)] = 6,
     steps: Annotated[int, typer.Option(help="The most steps a first-order trial may take.", min=1)] = 300,
     data: Annotated[Path | None, typer.Option(help="The folder that holds tofu/ and wikitext2/.")] = None,
-    out: Annotated[Path, typer.Option(help="Keeps what was measured; a study that was stopped goes on.")] = Path(
-        "runs/studies"
-    ),
+    out: Out = Path("runs/studies"),
     as_json: Json = False,
 ) -> None:
-    """Measure what is missing, then print every claim with its estimate, interval and verdict."""
-    if name not in STUDIES:
-        raise SpecError(f"study {name!r} is unknown; there is {', '.join(STUDIES)}")
+    """Does K-FADE forget as much at less harm than tuned first-order methods, and can it be reapplied?"""
     with console.status("loading torch and transformers"):
-        from palimpsest.studies.kfade import CELLS, Plan
-        from palimpsest.studies.kfade import run as study
+        from palimpsest.studies.kfade import CELLS, Plan, run
         from palimpsest.studies.regimes import REGIMES
     for option, given, known in (("regime", regime, list(REGIMES)), ("cell", cell, CELLS)):
         for wanted in given or ():
             if wanted not in known:
                 raise SpecError(f"--{option} {wanted}: unknown; there are {', '.join(known)}")
     span = range(first_seed, first_seed + seeds)
-    claims = study(Plan(span, regime or list(REGIMES), trials, steps, data, out / name, cell or ()))
+    _tell(run(Plan(span, regime or list(REGIMES), trials, steps, data, out / "kfade", cell or ())), as_json)
+
+
+@studies.command("task_forgetting")
+def task_forgetting(
+    seeds: Seeds = 5,
+    first_seed: FirstSeed = 0,
+    model: Annotated[str | None, typer.Option(help="A model folder or hub id, in place of the small one.")] = None,
+    tasks: Annotated[
+        Path | None, typer.Option(help="With --model: a folder with one file of multiple-choice rows for each task.")
+    ] = None,
+    out: Out = Path("runs/studies"),
+    as_json: Json = False,
+) -> None:
+    """Random labels for one task at a time: how far does forgetting reach, and what is still inside?"""
+    if (model is None) != (tasks is None):
+        raise SpecError("--model and --tasks go together: a model of yours and the folder of its tasks")
+    with console.status("loading torch and transformers"):
+        from palimpsest.studies.task_cells import given, toy
+        from palimpsest.studies.task_forgetting import run
+    span = range(first_seed, first_seed + seeds)
+    setting = (lambda seed: given(model, tasks, seed)) if model and tasks else toy
+    folder = out / "task_forgetting"
+    claims = run(setting, span, folder)
+    _tell(claims, as_json)
+    console.print(f"matrices: {folder / 'matrix.html'}", highlight=False)
+
+
+def _tell(claims: "list[Claim]", as_json: bool) -> None:
     if as_json:
         print_json([asdict(claim) | {"verdict": claim.verdict} for claim in claims])
     else:

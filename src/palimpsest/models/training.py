@@ -7,7 +7,7 @@ and the gradients are summed.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -81,6 +81,7 @@ def train(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 200,
     report: Report | None = None,
+    after_step: Callable[[int], None] | None = None,
 ) -> LanguageModel:
     """Train the model in place on next-token prediction over the examples' targets; the loss is nats per target token.
 
@@ -91,6 +92,7 @@ def train(
         checkpoint: a folder for the resumable state, removed at the end; None trains without one.
         checkpoint_every: steps between checkpoints.
         report: told the progress about four times a second, with loss and tokens/s as the note.
+        after_step: called with the number of steps done after each of them, to look at the model on its way.
 
     Raises:
         TrainingError: loss or gradient is not finite, there are no examples, or fewer rows in a batch than processes.
@@ -132,6 +134,8 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
         meter.after(step + 1, loss, int(batch.attention.sum()))
+        if after_step:
+            after_step(step + 1)
         if checkpoints and (step + 1) % checkpoint_every == 0 and step + 1 < n_steps and processes.is_main_process:
             checkpoints.save(step + 1, parameters, optimizers)
     model.network.eval()
