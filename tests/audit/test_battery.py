@@ -22,7 +22,8 @@ from palimpsest.unlearn.request import Request
 
 TOKENS = 4
 EVERYTHING = {
-    "forget": "answer_probability exact_match nll rougeL_recall rougeL_f1 truth_ratio kl_from_gold",
+    "forget": "answer_probability exact_match exact_memorization extraction_strength "
+    "nll rougeL_recall rougeL_f1 truth_ratio kl_from_gold",
     "forget_reworded": "answer_probability exact_match nll rougeL_recall",
     "retain_unseen": "answer_probability exact_match rougeL_recall nll kl_from_original",
 }
@@ -63,7 +64,7 @@ def test_every_measure_has_a_row_for_every_item_in_order(battery: Battery, readi
         for record in battery.sets[measure.on]
     ]
     assert [(row.model, row.measure, row.item, row.cluster) for row in reading.rows] == expected
-    assert len(expected) == 7 * 7 + 4 * 7 + 5 * 9
+    assert len(expected) == 9 * 7 + 4 * 7 + 5 * 9
 
 
 def test_rewordings_keep_the_id_of_their_fact_however_many_there_are(trained: Organism) -> None:
@@ -86,6 +87,8 @@ def test_values_are_those_of_the_metrics(battery: Battery, reading: Reading) -> 
         direct = {
             "answer_probability": answer_probability(gold, records),
             "exact_match": scores.teacher_forced_exact_match,
+            "exact_memorization": scores.exact_memorization,
+            "extraction_strength": scores.extraction_strength,
             "nll": answer_nll(gold, records),
             "rougeL_recall": overlap.rougeL_recall,
             "rougeL_f1": overlap.rougeL_f1,
@@ -209,6 +212,16 @@ def test_choices_have_sets_of_their_own_and_each_is_a_unit(trained: Organism) ->
     clusters = [row.cluster for row in reading.rows if row.measure == "forget_choices/accuracy"]
     assert clusters == ["c0", "c1", "c2", "c3"]
     assert reading.said["forget_choices"] == [choices[i].choices[k] for i, k in enumerate(found.chosen.tolist())]
+
+
+def test_the_fact_itself_is_scored_where_every_row_marks_it(trained: Organism) -> None:
+    request = short(trained.request)
+    marked = tuple(replace(row, entity_span=(0, len(row.answer))) for row in request.forget)
+    battery = Battery(replace(request, forget=marked), trained.full, None, TOKENS)
+    of_fact = read(battery, trained.gold)
+    assert of_fact["forget/entity_probability"] == pytest.approx(of_fact["forget/answer_probability"])
+    one_less = Battery(replace(request, forget=(request.forget[0], *marked[1:])), trained.full, None, TOKENS)
+    assert "forget/entity_probability" not in read(one_less, trained.gold)
 
 
 def test_tofus_metrics_come_with_its_sets(trained: Organism) -> None:

@@ -284,8 +284,11 @@ def test_the_verbs() -> None:
             "doctor",
             "metrics",
             "metrics tofu-log",
+            "metrics open-unlearning",
+            "metrics membership",
         ),
-        *("update", "update show", "update reapply", "update adapter", "studies", "studies run"),
+        *("update", "update show", "update reapply", "update adapter"),
+        *("studies", "studies run", "studies run kfade", "studies run task_forgetting"),
     }
 
 

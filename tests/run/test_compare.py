@@ -20,7 +20,7 @@ ASKED = TINY | {"methods": [{"name": "grad_diff", "learning_rate": 1e-3}, {"name
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Comparison]]:
     with tiny_cache(tmp_path_factory):
         folder = tmp_path_factory.mktemp("compared")
-        yield folder, compare(make_spec(ASKED), (2, 3), 1, folder)
+        yield folder, compare(make_spec(ASKED), (2, 3), 1, folder, processes=2)
 
 
 def test_every_seed_has_its_own_models_and_every_model_its_numbers(finished: tuple[Path, Comparison]) -> None:
@@ -58,9 +58,17 @@ def test_a_method_with_other_settings_is_measured_and_the_others_are_not(
         room, "search", lambda method, *rest, **more: made.append(method) or real(method, *rest, **more)
     )
     changed = ASKED | {"methods": [ASKED["methods"][0] | {"learning_rate": 2e-3}, ASKED["methods"][1]]}
-    again = compare(make_spec(changed), (2,), 1, folder)
+    again = compare(make_spec(changed), (2,), 1, folder, processes=1)
     assert [method.name for method in made] == ["grad_diff"]
     assert again.of("npo") == [model for model in found.of("npo") if model.seed == 2]
+
+
+def test_side_by_side_and_one_by_one_are_the_same(finished: tuple[Path, Comparison], tmp_path: Path) -> None:
+    _, found = finished
+    alone = compare(make_spec(ASKED), (2,), 1, tmp_path, processes=1)
+    for model in alone.models:
+        (beside,) = [other for other in found.models if (other.name, other.seed) == (model.name, model.seed)]
+        assert beside.values == pytest.approx(model.values, rel=1e-4, abs=1e-6)
 
 
 def test_another_seed_goes_wherever_none_was_named() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, tensor
 from palimpsest.audit.measures import TOFU_SETS, measures
 from palimpsest.data.records import QA, Choice, Record, Text, subject_of
 from palimpsest.metrics.divergence import kl_per_item
+from palimpsest.metrics.entity import entity_scores
 from palimpsest.metrics.generation import generate_answers
 from palimpsest.metrics.likelihood import AnswerScores, answer_scores
 from palimpsest.metrics.multiple_choice import ChoiceScores, multiple_choice
@@ -67,6 +68,7 @@ class Battery:
             gold=self.gold is not None,
             rewordings=bool(self.request.forget_reworded),
             truth_ratio=truth_ratio_definition(self._wrongly_answered) if self._wrongly_answered else None,
+            entities=bool(self._spanned),
             passages=[on for on, records in self.sets.items() if not _questions(records)],
             choices=self.choices,
             tofu=self.tofu is not None,
@@ -88,6 +90,8 @@ class Battery:
             scores[on] = answer_scores(model, records, template=template)
             values[f"{on}/answer_probability"] = scores[on].probability
             values[f"{on}/exact_match"] = scores[on].teacher_forced_exact_match
+            values[f"{on}/exact_memorization"] = scores[on].exact_memorization
+            values[f"{on}/extraction_strength"] = scores[on].extraction_strength
             values[f"{on}/nll"] = scores[on].nll
             tick()
             if questions := _questions(records):
@@ -100,6 +104,8 @@ class Battery:
             values[f"{on}/accuracy"], values[f"{on}/choice_probability"] = taken[on].correct, taken[on].probability
             said[on] = [choice.choices[k] for choice, k in zip(choices, taken[on].chosen.tolist(), strict=True)]
             tick()
+        if self._spanned:
+            values["forget/entity_probability"] = entity_scores(model, self._spanned, template=template).probability
         if self._wrongly_answered:
             ratios = truth_ratio(model, self._wrongly_answered, template=template)
             values["forget/truth_ratio"] = forget_truth_ratio(ratios)
@@ -157,6 +163,12 @@ class Battery:
     def _gold_truth_ratios(self) -> Tensor:
         assert self.gold is not None
         return truth_ratio(self.gold, self._wrongly_answered, template=self.request.template)
+
+    @property
+    def _spanned(self) -> list[QA]:
+        """The forget rows if all mark what carries the fact."""
+        questions = _questions(self.request.forget)
+        return questions if all(record.entity_span for record in questions) else []
 
     @property
     def _wrongly_answered(self) -> list[QA]:

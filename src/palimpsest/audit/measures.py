@@ -23,6 +23,27 @@ EXACT = (
     "Exact match",
     "The share of questions whose true answer is the model's own first choice, token by token.",
 )
+MEMORIZED = (
+    "exact_memorization",
+    "exact_memorization@teacher_forced: share of the tokens that are the most likely one",
+    "share",
+    "Exact memorisation",
+    "How many of the true tokens the model would choose itself. Guessable words keep it far above 0.",
+)
+EXTRACTABLE = (
+    "extraction_strength",
+    "extraction_strength@no_floor: 1 - k/L, k the shortest beginning after which every token is the most likely one",
+    "share",
+    "Extraction strength",
+    "How much of the end comes by itself once the beginning is given.",
+)
+ENTITY = (
+    "entity_probability",
+    "entity@span: exp(-mean NLL of the tokens that carry the fact)",
+    "probability",
+    "Probability of the fact itself",
+    "The same for the part of the answer that carries the fact, without the words that anyone would guess.",
+)
 NLL = (
     "nll",
     "nll@answer: mean negative log-likelihood of the answer's tokens",
@@ -167,6 +188,7 @@ def measures(
     gold: bool,
     rewordings: bool,
     truth_ratio: str | None,
+    entities: bool = False,
     passages: Container[str] = (),
     choices: Container[str] = (),
     tofu: bool = False,
@@ -177,6 +199,7 @@ def measures(
         gold: whether there is a gold model.
         rewordings: whether the forget rows have held-out wordings.
         truth_ratio: the truth ratio's definition, None where the forget rows have no wrong answers.
+        entities: whether every forget row marks the part of its answer that carries the fact.
         passages: the sets, of `forget` and `retain_unseen`, that hold passages.
         choices: the sets of multiple-choice questions, of `forget_choices` and `utility_choices`, that there are.
         tofu: whether TOFU's own metrics are wanted.
@@ -187,7 +210,8 @@ def measures(
         return [_measure(rows, each, better) for each in taken]
 
     return (
-        *on("forget", "toward gold", PROBABILITY, EXACT, NLL, ROUGE_RECALL, ROUGE_F1),
+        *on("forget", "toward gold", PROBABILITY, EXACT, MEMORIZED, EXTRACTABLE, NLL, ROUGE_RECALL, ROUGE_F1),
+        *(on("forget", "toward gold", ENTITY) if entities else []),
         *([truth_ratio_measure(truth_ratio)] if truth_ratio else []),
         *(on("forget", "lower", KL_GOLD) if gold else []),
         *(on("forget_reworded", "toward gold", PROBABILITY, EXACT, NLL, ROUGE_RECALL) if rewordings else []),

@@ -32,6 +32,10 @@ def compare(
     trials: Annotated[
         int, typer.Option(help="Runs of every method in every seed; with 1 it has the settings given.", min=1)
     ] = 1,
+    processes: Annotated[
+        int | None,
+        typer.Option(help="Methods run side by side; one a core where the specification trains its model.", min=1),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Keeps what was measured; runs/NAME-compared by default.")] = None,
     data: Annotated[str | None, typer.Option(help="In place of data.path: a folder or a hub id.")] = None,
     as_json: Json = False,
@@ -44,7 +48,7 @@ def compare(
 
         read = read_spec(spec, data=data)
     folder = out or Path("runs") / f"{spec.stem}-compared"
-    found = carry_out(read, range(first_seed, first_seed + seeds), trials, folder)
+    found = carry_out(read, range(first_seed, first_seed + seeds), trials, folder, processes=processes)
     page = write_comparison(found, folder)
     if as_json:
         print_json({"report": str(page), **found.to_json()})

@@ -4,11 +4,14 @@ What is measured is kept, one file a model and seed under the hash of all that i
 """
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic_core import to_jsonable_python
 
 from palimpsest.audit.audit import Candidate
@@ -18,20 +21,23 @@ from palimpsest.files import content_hash, write_json
 from palimpsest.metrics.divergence import kl_per_item
 from palimpsest.metrics.likelihood import answer_probability
 from palimpsest.models.language_model import LanguageModel
-from palimpsest.progress import console
+from palimpsest.models.processes import side_by_side
+from palimpsest.progress import Report, console
 from palimpsest.run.pipeline import controls_of, forget_level
 from palimpsest.run.places import require_place
 from palimpsest.run.sources import open_source
-from palimpsest.run.spec import Spec, TrainedModel, make_spec
+from palimpsest.run.spec import GivenModel, Spec, TrainedModel, make_spec
 from palimpsest.unlearn.method import Method
 from palimpsest.unlearn.request import Request
-from palimpsest.unlearn.search import SPACES, search
+from palimpsest.unlearn.search import SPACES, Space, search
 
 MARK = "comparison.json"
 """By this file a comparison's folder is known."""
 
 
-def compare(spec: Spec, seeds: Sequence[int], trials: int, folder: str | Path) -> Comparison:
+def compare(
+    spec: Spec, seeds: Sequence[int], trials: int, folder: str | Path, *, processes: int | None = None
+) -> Comparison:
     """Measure what is missing, and write `comparison.json`.
 
     Args:
@@ -40,6 +46,8 @@ def compare(spec: Spec, seeds: Sequence[int], trials: int, folder: str | Path) -
         trials: runs of every method in every seed; the first has the specification's settings, and the one of least
             harm to the held-out retain rows is kept.
         folder: keeps one file a model and seed, and the searches.
+        processes: how many methods to run side by side, one thread and one copy of the model each. By default one for
+            each core where the specification's model is a small one that it trains, and one in all where it is given.
 
     Raises:
         SpecError: there is no forget level to meet, or a method has no space to search.
@@ -48,7 +56,10 @@ def compare(spec: Spec, seeds: Sequence[int], trials: int, folder: str | Path) -
     folder = Path(folder)
     require_place(folder, MARK)
     _refuse_unless_comparable(spec, trials)
-    models = [model for seed in seeds for model in _OneSeed(with_seed(spec, seed), trials, folder).all()]
+    specs = [with_seed(spec, seed) for seed in seeds]
+    if (workers := processes or _cores(spec)) > 1:
+        _tune_side_by_side(specs, trials, folder, workers)
+    models = [model for each in specs for model in _OneSeed(each, trials, folder).all()]
     found = Comparison(spec.title, trials, tuple(models), spec.resolved())
     write_json(folder / MARK, found.to_json())
     return found
@@ -85,6 +96,43 @@ def measured(
     return found
 
 
+def _cores(spec: Spec) -> int:
+    """As many as there are for small models on the CPU; a given model may be too large to be there twice."""
+    alone = isinstance(spec.model, GivenModel) or torch.cuda.is_available()
+    return 1 if alone else len(os.sched_getaffinity(0))
+
+
+def _tune_side_by_side(specs: Sequence[Spec], trials: int, folder: Path, processes: int) -> None:
+    """Put every method's result on record, where it is not yet."""
+    specs = [spec.model_copy(update={"sham": None}) for spec in specs]  # nothing is compared with it yet
+    work = [
+        (spec, method)
+        for spec in specs
+        for seed in [_OneSeed(spec, trials, folder)]
+        for method in spec.methods
+        if not seed.on_record(method)
+    ]
+    shares = [work[first::processes] for first in range(processes) if work[first::processes]]
+    side_by_side(
+        {
+            f"methods, {number} of {len(shares)}": partial(_tune, share, trials, folder)
+            for number, share in enumerate(shares, 1)
+        }
+    )
+
+
+def _tune(work: Sequence[tuple[Spec, Method]], trials: int, folder: Path, report: Report) -> None:
+    """One process's share, seed by seed."""
+    console.quiet = True  # whoever started this process shows how far it is
+    seed: _OneSeed | None = None
+    for done, (spec, method) in enumerate(work):
+        report(done, len(work), f"seed {spec.seed}: {method.name}")
+        if seed is None or seed.spec is not spec:
+            seed = _OneSeed(spec, trials, folder)
+        seed.tuned(method)
+    report(len(work), len(work), "done")
+
+
 class _OneSeed:
     """All models of one seed. Whatever is slow to make is made when something is missing."""
 
@@ -101,30 +149,18 @@ class _OneSeed:
 
     def all(self) -> list[Compared]:
         return [self._control(control) for control in self.controls.values()] + [
-            self._tuned(method) for method in self.spec.methods
+            self.tuned(method) for method in self.spec.methods
         ]
 
-    def _control(self, control: Candidate) -> Compared:
-        def make() -> Compared:
-            values = measured(control.model, self.request, self.original, self.gold)
-            return Compared(control.name, control.role, self.spec.seed, True, values, {}, 0.0)
-
-        return self._kept(control.name, {"model": control.model.fingerprint()}, make)
-
-    def _tuned(self, method: Method) -> Compared:
-        space = SPACES[method.name] if self.trials > 1 else {}
-        asked = {
-            "method": method.settings(),
-            "space": {name: to_jsonable_python(choice) for name, choice in space.items()},
-            "stop": asdict(self.stop),
-            "trials": self.trials,
-        }
+    def tuned(self, method: Method) -> Compared:
+        """The method's best trial, from the record or made now."""
 
         def make() -> Compared:
             console.print(f"seed {self.spec.seed}: {method.name}", highlight=False)
+            asked = self._asked(method)
             found = search(
                 method,
-                space,
+                self._space(method),
                 self.original,
                 self.request,
                 self.stop,
@@ -140,13 +176,39 @@ class _OneSeed:
                 method.name, "unlearned", self.spec.seed, best.reached, values, dict(best.settings), seconds
             )
 
-        return self._kept(method.name, asked, make)
+        return self._kept(self._path(method.name, self._asked(method)), make)
 
-    def _kept(self, name: str, asked: dict[str, Any], make: Any) -> Compared:
-        known = {"request": self.request.hash, "original": self.original.fingerprint(), **asked}
-        if self.gold:
-            known["gold"] = self.gold.fingerprint()
-        path = self.folder / f"{name}-{content_hash(known)[:16]}.json"
+    def on_record(self, method: Method) -> bool:
+        return self._path(method.name, self._asked(method)).exists()
+
+    def _control(self, control: Candidate) -> Compared:
+        def make() -> Compared:
+            values = measured(control.model, self.request, self.original, self.gold)
+            return Compared(control.name, control.role, self.spec.seed, True, values, {}, 0.0)
+
+        return self._kept(self._path(control.name, {"model": control.model.fingerprint()}), make)
+
+    def _space(self, method: Method) -> Space:
+        return SPACES[method.name] if self.trials > 1 else {}
+
+    def _asked(self, method: Method) -> dict[str, Any]:
+        return {
+            "method": method.settings(),
+            "space": {name: to_jsonable_python(choice) for name, choice in self._space(method).items()},
+            "stop": asdict(self.stop),
+            "trials": self.trials,
+        }
+
+    def _path(self, name: str, asked: dict[str, Any]) -> Path:
+        """Where the result stands that follows from all this."""
+        return self.folder / f"{name}-{content_hash(self._models | asked)[:16]}.json"
+
+    @cached_property
+    def _models(self) -> dict[str, str]:
+        models = {"request": self.request.hash, "original": self.original.fingerprint()}
+        return models | ({"gold": self.gold.fingerprint()} if self.gold else {})
+
+    def _kept(self, path: Path, make: Callable[[], Compared]) -> Compared:
         if not path.exists():
             write_json(path, asdict(made := make()))
             return made
