@@ -73,6 +73,15 @@ def test_probes_count_only_where_they_beat_their_controls_before(claims: dict[st
     assert claims["e/behaviour"].estimate == pytest.approx(0.84 - behaviour)
 
 
+def test_where_no_probe_could_read_anything_nothing_is_claimed() -> None:
+    seed = seed_of()
+    for probes in seed.learned["probes"].values():
+        probes["untrained"] = 0.9
+    found = {claim.id: claim for claim in judge({0: seed})}
+    assert found["e/behaviour"].verdict == "not testable here" and found["e/behaviour"].estimate is None
+    assert found["e/behaviour"].note == "of 5 tasks a probe could read none before"
+
+
 def test_spread_order_predictors_and_size(claims: dict[str, Claim]) -> None:
     assert claims["a"].estimate == pytest.approx(0.41, abs=0.02) and claims["a"].note.startswith("from 0.10 to 1.14")
     assert claims["f"].estimate == pytest.approx(-1.0) and claims["f"].seeds == 3

@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE
 from rich.markup import escape
-from rich.table import Table
 
 from palimpsest.cli.output import Json, print_json
 from palimpsest.errors import SpecError
@@ -85,15 +83,20 @@ def _tell(claims: "list[Claim]", as_json: bool) -> None:
 
 
 def show(claims: "list[Claim]") -> None:
-    """A table on standard output."""
-    table = Table(box=SIMPLE)
-    for heading in ("claim", "what is measured", "estimate", "95 % interval", "seeds", "verdict"):
-        table.add_column(heading)
-    for claim in claims:
-        interval = f"{claim.low:.3g} to {claim.high:.3g}" if claim.low is not None and claim.high is not None else ""
-        estimate = "" if claim.estimate is None else f"{claim.estimate:.3g}"
-        what = claim.quantity + (f" ({claim.note})" if claim.note else "")
-        table.add_row(escape(claim.id), escape(what), estimate, interval, str(claim.seeds), claim.verdict)
+    """Claim by claim on standard output: the verdict, the statement, and the number that it rests on."""
     from rich.console import Console
+    from rich.padding import Padding
 
-    Console().print(table)
+    out = Console(highlight=False)
+    for claim in claims:
+        out.print(f"[bold]{escape(claim.id)}[/bold]  {claim.verdict}")
+        for text in (claim.statement, f"{_number(claim)}: {claim.quantity}", claim.note):
+            if text:
+                out.print(Padding(escape(text), (0, 0, 0, 4)))
+
+
+def _number(claim: "Claim") -> str:
+    if claim.estimate is None:
+        return "not measured"
+    within = f" ({claim.low:.3g} to {claim.high:.3g})" if claim.low is not None and claim.high is not None else ""
+    return f"{claim.estimate:.3g}{within}, {claim.seeds} {'seed' if claim.seeds == 1 else 'seeds'}"

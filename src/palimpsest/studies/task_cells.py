@@ -10,11 +10,12 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from palimpsest.data.batches import Encoded, encode
@@ -24,7 +25,7 @@ from palimpsest.errors import SpecError
 from palimpsest.files import write_json
 from palimpsest.metrics.cloze import cloze, encode_choices
 from palimpsest.metrics.probe import probe_accuracy
-from palimpsest.models.anatomy import Site
+from palimpsest.models.anatomy import Anatomy, Site
 from palimpsest.models.language_model import LanguageModel, load
 from palimpsest.models.organism import Architecture, new_model
 from palimpsest.models.states import hidden_states
@@ -116,6 +117,14 @@ class Seed:
     def __init__(self, setting: Setting, seed: int, folder: Path) -> None:
         self.setting, self.seed, self.folder = setting, seed, folder
         self.layer = probed_layer(setting.start.anatomy.n_layers)
+
+    @cached_property
+    def untrained(self) -> LanguageModel:
+        """The same architecture with random weights."""
+        start = self.setting.start
+        torch.manual_seed(self.seed)
+        network: Any = type(start.network)(start.network.config).to(start.device, start.network.dtype).eval()
+        return LanguageModel(network, start.tokenizer, Anatomy.of(network), "untrained")
 
     def measure(self) -> Measured:
         """Teach, then forget each task that was learned, in three ways."""
@@ -219,10 +228,10 @@ class Seed:
     def _probes(self, model: LanguageModel, task: Task) -> Cell:
         """The probe on the model that learned, and its controls."""
         train_, test = self._features(model, task.forget), self._features(model, task.test)
-        start = self.setting.start
+        raw = self.untrained
         return {
             "learned": self._probe(train_, test, task),
-            "untrained": self._probe(self._features(start, task.forget), self._features(start, task.test), task),
+            "untrained": self._probe(self._features(raw, task.forget), self._features(raw, task.test), task),
             "words": self._probe(*_bags_of_words(task, model), task),
             "shuffled": self._probe(train_, test, task, shuffled=True),
         }

@@ -90,7 +90,7 @@ def judge(seeds: Mapping[int, Measured]) -> list[Claim]:
             "e/behaviour",
             "A linear probe reads what behaviour has lost.",
             "accuracy after forgetting, probe less behaviour, mean over tasks that a probe could read before",
-            [_mean(seed, lambda cell, probes: cell["probe"] - _own(cell)) for seed in all_],
+            _readings(all_, lambda cell, probes: cell["probe"] - _own(cell)),
             bound=0.0,
             below=False,
             note=_readable_tasks(all_),
@@ -99,10 +99,7 @@ def judge(seeds: Mapping[int, Measured]) -> list[Claim]:
             "e/kept",
             "The probe reads as well after forgetting as before.",
             "probe's lead over its best control, after over before, mean over the same tasks",
-            [
-                _mean(seed, lambda cell, p: (cell["probe"] - _control(p)) / (p["learned"] - _control(p)))
-                for seed in all_
-            ],
+            _readings(all_, lambda cell, p: (cell["probe"] - _control(p)) / (p["learned"] - _control(p))),
             bound=0.9,
             below=False,
         ),
@@ -269,23 +266,27 @@ def _readable(seed: Measured) -> list[str]:
     return [task for task in seed.tasks if probes[task]["learned"] - _control(probes[task]) >= READABLE]
 
 
-def _mean(seed: Measured, quantity: Callable[[Cell, Mapping[str, float]], float]) -> float:
-    return float(
-        np.mean([quantity(seed.forgotten["random"][task], seed.learned["probes"][task]) for task in _readable(seed)])
-    )
+def _readings(seeds: Sequence[Measured], quantity: Callable[[Cell, Mapping[str, float]], float]) -> list[float]:
+    """By seed, the quantity's mean over the tasks that a probe could read; seeds without such a task are left out."""
+    found = []
+    for seed in seeds:
+        values = [quantity(seed.forgotten["random"][task], seed.learned["probes"][task]) for task in _readable(seed)]
+        if values:
+            found.append(float(np.mean(values)))
+    return found
 
 
 def _readable_tasks(seeds: Sequence[Measured]) -> str:
     readable, learned = sum(len(_readable(seed)) for seed in seeds), sum(len(seed.tasks) for seed in seeds)
-    means = [
-        np.mean([_mean(seed, quantity) for seed in seeds])
-        for quantity in (
-            lambda cell, probes: probes["learned"],
-            lambda cell, probes: cell["probe"],
-            lambda cell, probes: _control(probes),
-            lambda cell, probes: _own(cell),
-        )
-    ]
+    if not readable:
+        return f"of {learned} tasks a probe could read none before"
+    quantities: tuple[Callable[[Cell, Mapping[str, float]], float], ...] = (
+        lambda cell, probes: probes["learned"],
+        lambda cell, probes: cell["probe"],
+        lambda cell, probes: _control(probes),
+        lambda cell, probes: _own(cell),
+    )
+    means = [np.mean(_readings(seeds, quantity)) for quantity in quantities]
     return (
         f"{readable} of {learned} tasks; probe {means[0]:.2f} before and {means[1]:.2f} after, best control "
         f"{means[2]:.2f}, behaviour after {means[3]:.2f}"
