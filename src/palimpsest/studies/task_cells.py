@@ -123,7 +123,8 @@ class Seed:
         """The same architecture with random weights."""
         start = self.setting.start
         torch.manual_seed(self.seed)
-        network: Any = type(start.network)(start.network.config).to(start.device, start.network.dtype).eval()
+        network: Any = type(start.network)(start.network.config)
+        network.to(start.device, start.network.dtype).eval()
         return LanguageModel(network, start.tokenizer, Anatomy.of(network), "untrained")
 
     def measure(self) -> Measured:
