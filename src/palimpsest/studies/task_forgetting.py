@@ -141,8 +141,11 @@ def page(seeds: Mapping[int, Measured], claims: Sequence[Claim]) -> str:
                 mean[np.ix_(rows, columns)].tolist(),
             )
         )
-    judged = [[claim.statement, claim.quantity, _interval(claim), claim.verdict, claim.note] for claim in claims]
-    head = ("claim", "what is measured", "estimate and 95 % interval", "verdict", "note")
+    judged = [
+        [claim.statement, _interval(claim), claim.verdict, "; ".join(filter(None, (claim.quantity, claim.note)))]
+        for claim in claims
+    ]
+    head = ("claim", "estimate and 95 % interval", "verdict", "what is measured")
     n = f"{len(all_)} seeds" if len(all_) > 1 else "One seed"
     return render_heat_maps(
         "How far random labels make a model forget",
