@@ -12,6 +12,7 @@ import transformers
 from harness import in_turn, report
 
 from palimpsest.data.batches import Encoded, epoch_order
+from palimpsest.metrics.likelihood import target_nll
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.organism import Architecture, Recipe, new_model, training_examples
 from palimpsest.models.tokenizers import word_tokenizer
@@ -94,9 +95,7 @@ class _InOrder(transformers.Trainer):
 
 
 def _loss(model: LanguageModel, rows: list[Encoded]) -> float:
-    from palimpsest.models.scoring import score_rows
-
-    return score_rows(model, rows[:64], lambda p, n: p.mean_by_row(-p.logprobs(), n)).mean().item()
+    return target_nll(model, rows[:64]).mean().item()
 
 
 if __name__ == "__main__":

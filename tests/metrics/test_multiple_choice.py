@@ -9,10 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palimpsest.data.batches import Batch, batches
 from palimpsest.data.records import Choice
 from palimpsest.errors import DataError
-from palimpsest.metrics import multiple_choice as module
 from palimpsest.metrics.multiple_choice import (
     ChoiceScores,
     choice_prompt,
@@ -148,30 +146,14 @@ def test_neither_batch_size_nor_order_changes_a_score(batch_size: int, order: li
     torch.testing.assert_close(found.probability, ALONE.probability[order], rtol=1e-4, atol=1e-6)
 
 
-def test_the_side_that_is_padded_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    sides: list[str] = []
-
-    def on_the_left(encoded: list, *, batch_size: int) -> list[Batch]:
-        sides.append("left")
-        return list(batches(encoded, batch_size=batch_size, side="left"))
-
-    monkeypatch.setattr(module, "batches", on_the_left)
-    found = multiple_choice(TOY, ASKED)
-    assert sides and torch.equal(found.chosen, ALONE.chosen)
-    torch.testing.assert_close(found.probability, ALONE.probability, rtol=1e-4, atol=1e-6)
-
-
-def test_the_letters_after_one_question_are_read_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: list[int] = []
-
-    def counted(encoded: list, *, batch_size: int) -> list[Batch]:
-        rows.append(len(encoded))
-        return list(batches(encoded, batch_size=batch_size))
-
-    monkeypatch.setattr(module, "batches", counted)
-    multiple_choice(model_of("words"), ASKED)
-    multiple_choice(TOY, ASKED)
-    assert rows == [len(ASKED), 2 * len(ASKED)]  # of the toy's letters only A is a token by itself
+@pytest.mark.parametrize("kind", ["words", "mixed"])
+def test_a_question_is_read_once_for_all_its_letters(kind: str) -> None:
+    model, asked = model_of(kind), ASKED[:1]
+    read: list[int] = []
+    model.network.get_input_embeddings().register_forward_pre_hook(lambda _, ids: read.append(ids[0].numel()))
+    multiple_choice(model, asked)
+    prompt = len(model.tokenizer(choice_prompt(asked[0]))["input_ids"])
+    assert read == [prompt + (kind == "mixed")]  # of a letter in two tokens, the first is read too
 
 
 def test_of_equal_letters_the_first_is_chosen() -> None:

@@ -6,6 +6,8 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from palimpsest.data.batches import Encoded, encode
 from palimpsest.data.records import QA
@@ -51,6 +53,27 @@ def test_every_definition_is_its_formula_on_the_full_logits(
         assert found["open_unlearning"][place].item() == pytest.approx(together / (right + 1e-10), rel=1e-4)
         assert found["open_unlearning_paper"][place].item() == pytest.approx(right / (right + together), rel=1e-4)
     assert not torch.allclose(found["tofu_paper"], found["geometric"])
+
+
+def test_what_the_answers_of_a_question_share_is_read_once(model: LanguageModel, records: list[QA]) -> None:
+    record = records[0]
+    told = [QA(record.question, str(answer)) for answer in (record.paraphrased_answer, *record.wrong)]
+    rows = encode(told, model.tokenizer)
+    beginnings = {row.ids[:length] for row in rows for length in range(1, row.stop)}
+    read: list[int] = []
+    handle = model.network.get_input_embeddings().register_forward_pre_hook(lambda _, ids: read.append(ids[0].numel()))
+    truth_ratio(model, [record])
+    handle.remove()
+    assert read == [len(beginnings)] and len(beginnings) < sum(row.stop - 1 for row in rows)
+
+
+@given(batch_size=st.integers(1, 60), order=st.permutations(range(11)))
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_neither_batch_size_nor_order_changes_a_ratio(
+    model: LanguageModel, records: list[QA], batch_size: int, order: list[int]
+) -> None:
+    found = truth_ratio(model, [records[place] for place in order], batch_size=batch_size)
+    torch.testing.assert_close(found, truth_ratio(model, records)[order], rtol=1e-5, atol=0)
 
 
 def test_without_a_paraphrase_the_answer_stands_in_and_the_name_says_so(

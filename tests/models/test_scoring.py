@@ -1,11 +1,19 @@
+import random
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from tiny_families import FAMILIES, n_hooks, tiny, tiny_batch, tiny_model, tiny_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_families import FAMILIES, VOCABULARY, n_hooks, tiny, tiny_batch, tiny_model, tiny_rows, tiny_tokenizer
+from transformers import MambaConfig, MambaForCausalLM
 
 from palimpsest.data.batches import Encoded, collate
 from palimpsest.errors import DataError
-from palimpsest.models.scoring import Predictions, predict, score_rows
+from palimpsest.models.anatomy import Anatomy
+from palimpsest.models.language_model import LanguageModel
+from palimpsest.models.scoring import Predictions, predict, row_logprobs
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 VARIANTS = [
@@ -76,21 +84,109 @@ def test_logprobs_and_row_sums_against_float64():
     np.testing.assert_allclose(means[[0, 2]], [exact[:2].mean(), exact[2:].mean()], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
-@pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_scores_come_in_the_records_order_whatever_the_batch_size(family, batch_size):
-    model, rows = tiny_model(family), tiny_rows(9, 3, 7, 3, 5)
-    expected = []
+def answers(prompt, n, seed=0):
+    """Rows of one prompt of this many tokens and n answers to it, which themselves begin alike."""
+    draw = random.Random(seed)
+
+    def words(k):
+        return [draw.randrange(4, VOCABULARY) for _ in range(k)]
+
+    asked, answer = words(prompt), words(5)
+    told = [asked + answer[: draw.randrange(4)] + words(draw.randint(1, 4)) for _ in range(n)]
+    return [Encoded(tuple(ids), prompt, len(ids)) for ids in told]
+
+
+def plain_logprobs(network, rows):
+    """Each row by itself, and its log-probability in float64."""
+    found = []
     for row in rows:
-        logprobs = torch.log_softmax(plain_logits(model.network, row.ids), -1)
-        expected.append(
-            sum(float(logprobs[place - 1, row.ids[place]].detach()) for place in range(row.start, row.stop))
-        )
-    model.network.train()
-    found = score_rows(model, rows, lambda p, n: p.sum_by_row(p.logprobs(), n), batch_size=batch_size)
+        with torch.no_grad():
+            logprobs = plain_logits(network, row.ids).double().log_softmax(-1)
+        found.append(sum(float(logprobs[place - 1, row.ids[place]]) for place in range(row.start, row.stop)))
+    return found
+
+
+def tokens_read(model, rows, **settings):
+    """The rows' log-probabilities, and how many tokens were embedded for them, padding left out."""
+    read = []
+    handle = model.network.get_input_embeddings().register_forward_pre_hook(lambda _, ids: read.append(ids[0].numel()))
+    found = row_logprobs(model, rows, batch_size=1, **settings)
+    handle.remove()
+    return found.tolist(), sum(read)
+
+
+QUESTIONS = [*answers(12, 4), *answers(9, 3, seed=1), *answers(30, 8, seed=2), *tiny_rows(6, 11)]
+BEGINNINGS = len({row.ids[:length] for row in QUESTIONS for length in range(1, row.stop)})
+WINDOWS = [
+    ("mistral", {"sliding_window": 60}),
+    ("gemma2", {"sliding_window": 60}),
+    ("gemma3_text", {"sliding_window": 60}),
+    ("olmo3", {"sliding_window": 60}),
+    ("gpt_neo", {"window_size": 60}),
+    ("gpt2", {"attn_implementation": "eager"}),
+    ("qwen2", {"attn_implementation": "eager"}),
+]
+PLAIN = {"bloom", "mistral", "olmo3", "gemma2", "gemma3_text", "gpt_neo"}
+"""Families that the tiny models of which cannot branch: by ALiBi, or by a window of four tokens."""
+
+
+@pytest.mark.parametrize(("family", "changes"), [*VARIANTS, *WINDOWS])
+def test_every_family_scores_many_answers_as_it_scores_each_alone(family, changes):
+    model = tiny_model(family, **changes)
+    found, n_read = tokens_read(model, QUESTIONS)
+    assert found == pytest.approx(plain_logprobs(model.network, QUESTIONS), rel=1e-5, abs=1e-5)
+    alone = (family in PLAIN and (family, changes) not in WINDOWS) or changes.get("alibi", False)
+    assert (n_read > 2 * BEGINNINGS) if alone else (n_read == BEGINNINGS)
+    assert n_hooks(model.network) == 0
+
+
+def test_a_network_with_a_state_in_place_of_attention_reads_each_row_alone():
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+    torch.manual_seed(0)
+    network = MambaForCausalLM(MambaConfig(**sizes, initializer_range=0.5)).eval()
+    blocks, head = tuple(network.backbone.layers), network.get_output_embeddings()
+    anatomy = Anatomy("mamba", blocks, (), (), network.backbone.norm_f, head, head, 1.0, None)
+    found, n_read = tokens_read(LanguageModel(network, tiny_tokenizer(), anatomy), QUESTIONS)
+    assert found == pytest.approx(plain_logprobs(network, QUESTIONS), rel=1e-5, abs=1e-5)
+    assert n_read > 2 * BEGINNINGS
+
+
+MODELS = {family: tiny_model(family) for family in ("llama", "gpt2", "bloom")}
+ALONE = {family: plain_logprobs(model.network, QUESTIONS) for family, model in MODELS.items()}
+
+
+@pytest.mark.parametrize("family", MODELS)
+@given(batch_size=st.integers(1, 70), order=st.permutations(range(len(QUESTIONS))))
+@settings(deadline=None, max_examples=12)
+def test_neither_batch_size_nor_order_changes_a_score(family, batch_size, order):
+    found = row_logprobs(MODELS[family], [QUESTIONS[place] for place in order], batch_size=batch_size)
     assert found.dtype == torch.float32
-    assert found.tolist() == pytest.approx(expected, rel=1e-4)
+    assert found.tolist() == pytest.approx([ALONE[family][place] for place in order], rel=1e-5, abs=1e-5)
+
+
+def test_targets_may_begin_and_end_anywhere_in_rows_that_begin_alike():
+    rows = [replace(row, start=start) for row in answers(12, 3) for start in (1, 7, len(row.ids) - 1)]
+    rows += [replace(row, stop=14, start=11) for row in rows[:4]]
+    found = row_logprobs(MODELS["llama"], rows)
+    assert found.tolist() == pytest.approx(plain_logprobs(MODELS["llama"].network, rows), rel=1e-5, abs=1e-5)
+
+
+def test_no_row_at_all_has_no_score():
+    assert row_logprobs(MODELS["llama"], []).shape == (0,)
+
+
+def test_a_network_is_left_in_the_mode_it_was_in():
+    model = tiny_model("llama")
+    model.network.train()
+    row_logprobs(model, QUESTIONS[:2])
     assert model.network.training
+
+
+def test_a_bf16_network_reads_trees_too():
+    model = tiny_model("llama")
+    model.network.to(torch.bfloat16)
+    found, n_read = tokens_read(model, QUESTIONS)
+    assert found == pytest.approx(ALONE["llama"], rel=0.1) and n_read == BEGINNINGS
 
 
 def test_no_hook_is_left_after_an_exception_in_the_forward_pass():
@@ -115,3 +211,7 @@ def test_a_row_longer_than_the_models_positions_is_refused_in_one_line(family):
     long = Encoded((3,) * (limit + 1), 1, limit + 1)
     with pytest.raises(DataError, match=f"a row has {limit + 1} tokens, but the model has {limit} positions"):
         predict(network, collate([long], [0]))
+    model = tiny_model(family)
+    longer = Encoded((3,) * (limit + 2), 1, limit + 2)  # its last token is not read
+    with pytest.raises(DataError, match=f"a row has {limit + 1} tokens, but the model has {limit} positions"):
+        row_logprobs(model, [longer, Encoded((*longer.ids[:-2], 4, 5), 1, limit + 2)])

@@ -15,7 +15,10 @@ from palimpsest.data.batches import Encoded, encode
 from palimpsest.data.records import QA, Choice
 from palimpsest.metrics.multiple_choice import ChoiceScores
 from palimpsest.models.language_model import LanguageModel
-from palimpsest.models.scoring import score_rows
+from palimpsest.models.scoring import row_logprobs
+
+DEFINITION = "cloze@lm_eval_acc"
+"""The versioned name of the way in which choices are scored."""
 
 
 def cloze(model: LanguageModel, choices: Sequence[Choice], *, batch_size: int = 256) -> ChoiceScores:
@@ -27,7 +30,7 @@ def cloze(model: LanguageModel, choices: Sequence[Choice], *, batch_size: int = 
         batch_size: rows at a time; it never changes a score.
     """
     encoded = encode_choices(choices, model.tokenizer)
-    logprobs = score_rows(model, encoded, lambda p, n_rows: p.sum_by_row(p.logprobs(), n_rows), batch_size=batch_size)
+    logprobs = row_logprobs(model, encoded, batch_size=batch_size)
     offered = pad_sequence(
         list(logprobs.split([len(choice.choices) for choice in choices])), batch_first=True, padding_value=-torch.inf
     )

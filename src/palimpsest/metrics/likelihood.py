@@ -10,7 +10,7 @@ from palimpsest.data.batches import Encoded, batches, encode
 from palimpsest.data.prompts import Template
 from palimpsest.data.records import QA, Record
 from palimpsest.models.language_model import LanguageModel, evaluating
-from palimpsest.models.scoring import Predictions, predict, score_rows
+from palimpsest.models.scoring import Predictions, predict, row_logprobs
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +98,13 @@ def answer_nll(
     batch_size: int = 64,
 ) -> Tensor:
     """[n] mean negative log-likelihood of each record's answer, nats/token, where that alone is wanted."""
-    encoded = encode(records, model.tokenizer, template=template)
-    return score_rows(model, encoded, lambda p, n_rows: p.mean_by_row(-p.logprobs(), n_rows), batch_size=batch_size)
+    return target_nll(model, encode(records, model.tokenizer, template=template), batch_size=batch_size)
+
+
+def target_nll(model: LanguageModel, encoded: Sequence[Encoded], *, batch_size: int = 64) -> Tensor:
+    """[n] mean negative log-likelihood of each encoded record's targets, nats/token."""
+    n_targets = torch.tensor([row.n_targets for row in encoded])
+    return -row_logprobs(model, encoded, batch_size=batch_size) / n_targets
 
 
 def answer_probability(

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from palimpsest.data.batches import Encoded, batches, encode
+from palimpsest.data.batches import encode
 from palimpsest.data.records import QA, Choice
 from palimpsest.errors import DataError
-from palimpsest.models.language_model import LanguageModel, evaluating
-from palimpsest.models.scoring import predict
+from palimpsest.models.language_model import LanguageModel
+from palimpsest.models.scoring import row_logprobs
 
 DEFINITION = "multiple_choice@lm_eval_wmdp"
 """The versioned name of the prompt without examples and of the way in which the letters are scored."""
@@ -64,7 +64,7 @@ def multiple_choice(
         for choice, each in zip(choices, letters, strict=True)
         for letter in each
     ]
-    logprobs = _logprobs(model, encode(asked, model.tokenizer, template="raw"), batch_size)
+    logprobs = row_logprobs(model, encode(asked, model.tokenizer, template="raw"), batch_size=batch_size)
     offered = pad_sequence(
         list(logprobs.split([len(each) for each in letters])), batch_first=True, padding_value=-torch.inf
     )
@@ -111,26 +111,3 @@ def _letters(choice: Choice) -> str:
     if len(choice.choices) > len(ascii_uppercase):
         raise DataError(f"record {choice.id!r}: {len(choice.choices)} choices are more than the letters from A to Z")
     return ascii_uppercase[: len(choice.choices)]
-
-
-def _logprobs(model: LanguageModel, rows: Sequence[Encoded], batch_size: int) -> Tensor:
-    """[rows] log-probability of each row's targets, nats in all.
-
-    Rows that differ in their last token alone, as the letters after one question do, are read in one pass.
-    """
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for place, row in enumerate(rows):
-        alike.setdefault(row.ids[:-1], []).append(place)
-    groups = list(alike.values())
-    found = torch.empty(len(rows), dtype=torch.float32)
-    with evaluating(model) as network:
-        for batch in batches([rows[group[0]] for group in groups], batch_size=batch_size):
-            batch, n_rows = batch.to(model.device), len(batch.rows)
-            predictions = predict(network, batch)
-            ends = batch.targets.sum(1).cumsum(0) - 1
-            before = predictions.sum_by_row(predictions.logprobs().index_fill(0, ends, 0.0), n_rows)
-            last = predictions.logits[ends].log_softmax(-1)
-            for line, leader in enumerate(batch.rows):
-                tokens = [rows[place].ids[-1] for place in groups[leader]]
-                found[groups[leader]] = (before[line] + last[line, tokens]).cpu()
-    return found

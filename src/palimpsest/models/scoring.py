@@ -4,16 +4,22 @@ The full [B, T, V] logits of a batch are what exhausts memory; a loss or a score
 target.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from palimpsest.data.batches import Batch, Encoded, batches
-from palimpsest.models.inputs import forward_inputs
+from palimpsest.data.batches import Batch, Encoded
+from palimpsest.data.prefix_trees import Branching, forests
+from palimpsest.models.families import FAMILIES
+from palimpsest.models.inputs import forest_inputs, forward_inputs
 from palimpsest.models.language_model import LanguageModel, evaluating
+
+WIDEST = 2048
+"""Tokens in a branching tree, whose mask has the square of them."""
 
 
 @dataclass(frozen=True)
@@ -42,35 +48,55 @@ class Predictions:
 
 def predict(network: PreTrainedModel, batch: Batch) -> Predictions:
     """Run the network once and keep the logits that predict the batch's targets. Gradients flow if they are enabled."""
-    predicting = torch.zeros_like(batch.targets)
-    predicting[:, :-1] = batch.targets[:, 1:]
-    head = network.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][predicting].unsqueeze(0), *inputs[1:]))
-    try:
-        output = network(**forward_inputs(network, batch))
-    finally:
-        handle.remove()
-    return Predictions(output.logits.squeeze(0).float(), batch.ids[batch.targets], predicting.nonzero()[:, 0])
+    row, place = batch.targets[:, 1:].nonzero().unbind(1)
+    logits = _logits(network, row * batch.ids.shape[1] + place, forward_inputs(network, batch))
+    return Predictions(logits, batch.ids[batch.targets], row)
 
 
-def score_rows(
-    model: LanguageModel,
-    encoded: Sequence[Encoded],
-    score: Callable[[Predictions, int], Tensor],
-    *,
-    batch_size: int = 64,
-) -> Tensor:
-    """[n] one number a record, in the records' order, in fp32 on the CPU.
+def row_logprobs(model: LanguageModel, encoded: Sequence[Encoded], *, batch_size: int = 64) -> Tensor:
+    """[n] log-probability of each row's targets, nats in all, in the rows' order, fp32 on the CPU.
+
+    Rows that begin alike, as the answers to one question do, are read as one prefix tree, where the model can be told
+    what a token sees. Then what they share is computed once.
 
     Args:
         model: the model to score with.
         encoded: n encoded records.
-        score: predictions and the number of rows in the batch to one value a row, [B].
         batch_size: rows at a time; it never changes a score.
+
+    Raises:
+        DataError: a row is longer than the positions that the model was made for.
     """
-    values = torch.empty(len(encoded), dtype=torch.float32)
+    found = torch.zeros(len(encoded), dtype=torch.float64)
     with evaluating(model) as network:
-        for batch in batches(encoded, batch_size=batch_size):
-            batch = batch.to(model.device)
-            values[list(batch.rows)] = score(predict(network, batch), len(batch.rows)).float().cpu()
-    return values
+        for forest in forests(encoded, _branching(model), batch_size=batch_size):
+            rows, forest = forest.rows, forest.to(model.device)
+            logits = _logits(network, forest.predicting, forest_inputs(network, forest))
+            logprobs = logits.log_softmax(-1)[forest.predicted_by, forest.targets]
+            found.index_add_(0, rows, logprobs.cpu().double())
+    return found.float()
+
+
+def _logits(network: PreTrainedModel, places: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """[N, V] fp32 logits at places of the flattened [B, T]."""
+    head = network.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, given: (given[0].flatten(0, 1)[places].unsqueeze(0), *given[1:]))
+    try:
+        output = network(**inputs)
+    finally:
+        handle.remove()
+    logits: Tensor = output.logits.squeeze(0).float()
+    return logits
+
+
+def _branching(model: LanguageModel) -> Branching:
+    """Which trees a network can read: those where a mask and positions of our own say all that a token sees."""
+    config = model.network.config
+    masked = config.model_type in FAMILIES and config._attn_implementation in ("eager", "sdpa")
+    counted = config.model_type == "bloom" or getattr(config, "alibi", False)  # ALiBi counts the tokens between two
+    # A local window is counted over the tree's tokens and not the row's, but in a tree that is no wider it hides
+    # nothing; and a family may keep a mask that is as wide as its positions.
+    limits = (getattr(config, name, None) for name in ("sliding_window", "window_size", "max_position_embeddings"))
+    widest = min([WIDEST, *(limit for limit in limits if limit is not None)])
+    # A block's matrices take some 12 d² multiplications a token, a comparison of two takes 2 d, which run slower.
+    return Branching(widest if masked and not counted else 0, 4 * model.anatomy.d_model)

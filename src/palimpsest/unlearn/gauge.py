@@ -7,9 +7,9 @@ import torch
 
 from palimpsest.data.batches import Encoded, encode
 from palimpsest.metrics.divergence import ReferenceLogprobs, reference_logprobs
+from palimpsest.metrics.likelihood import target_nll
 from palimpsest.metrics.multiple_choice import multiple_choice
 from palimpsest.models.language_model import LanguageModel
-from palimpsest.models.scoring import score_rows
 from palimpsest.unlearn.request import Request
 from palimpsest.unlearn.stopping import Measurement
 
@@ -29,8 +29,7 @@ class Gauge:
 
     def forget_probability(self) -> float:
         """Mean answer probability on the forget set."""
-        nll = score_rows(self.model, self.forget, lambda p, n_rows: p.mean_by_row(-p.logprobs(), n_rows))
-        return torch.exp(-nll).mean().item()
+        return torch.exp(-target_nll(self.model, self.forget)).mean().item()
 
     def measure(self, step: float) -> Measurement:
         """What the model as it is now says on the forget set, and how far it moved on held-out retain rows."""

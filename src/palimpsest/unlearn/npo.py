@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from palimpsest.models.language_model import LanguageModel
-from palimpsest.models.scoring import predict, score_rows
+from palimpsest.models.scoring import predict, row_logprobs
 from palimpsest.unlearn.keeping import Keeping
 from palimpsest.unlearn.losses import Objective, row_sum_logprobs, sampler
 from palimpsest.unlearn.request import Request
@@ -32,7 +32,7 @@ class NPO(Keeping):
     def forget_loss(self, model: LanguageModel, request: Request) -> Objective:
         """NPO's loss."""
         forget = sampler(self, model, request, request.forget)
-        start = score_rows(model, forget.encoded, row_sum_logprobs).to(model.device)
+        start = row_logprobs(model, forget.encoded).to(model.device)
 
         def loss(step: int) -> Tensor:
             batch = forget.at(step)

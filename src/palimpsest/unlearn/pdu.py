@@ -8,7 +8,7 @@ from torch import Tensor
 
 from palimpsest.errors import SpecError
 from palimpsest.models.language_model import LanguageModel
-from palimpsest.models.scoring import Predictions, predict, score_rows
+from palimpsest.models.scoring import predict, row_logprobs
 from palimpsest.unlearn.descent import Descent
 from palimpsest.unlearn.losses import Objective, Sampler, sampler, token_mean_nll
 from palimpsest.unlearn.request import Request
@@ -71,7 +71,4 @@ def flatness(logits: Tensor) -> Tensor:
 
 
 def _mean_nll(model: LanguageModel, rows: Sampler) -> float:
-    def row_nll(predictions: Predictions, n_rows: int) -> Tensor:
-        return predictions.sum_by_row(-predictions.logprobs(), n_rows)
-
-    return score_rows(model, rows.encoded, row_nll).sum().item() / sum(row.n_targets for row in rows.encoded)
+    return -row_logprobs(model, rows.encoded).sum().item() / sum(row.n_targets for row in rows.encoded)

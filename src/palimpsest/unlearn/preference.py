@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from palimpsest.data.batches import Batch, collate, encode
 from palimpsest.data.records import QA
 from palimpsest.models.language_model import LanguageModel
-from palimpsest.models.scoring import predict, score_rows
+from palimpsest.models.scoring import predict, row_logprobs
 from palimpsest.unlearn.idk import REFUSALS, take_refusals
 from palimpsest.unlearn.keeping import Keeping
 from palimpsest.unlearn.losses import Objective, row_sum_logprobs
@@ -42,7 +42,7 @@ class Preferring(Keeping):
         options = self.preferred(model, request)
         records = [*true, *(option for row in options for option in row)]
         encoded = encode(records, model.tokenizer, template=request.template)
-        start = score_rows(model, encoded, row_sum_logprobs).to(model.device)
+        start = row_logprobs(model, encoded).to(model.device)
         firsts = [len(true) + sum(map(len, options[:row])) for row in range(len(true))]
         size = min(self.batch_size, len(true))
 
