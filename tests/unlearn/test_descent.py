@@ -71,6 +71,22 @@ def test_mode_gradients_and_hooks_are_as_they_were(training, end):
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in modules)
 
 
+def test_a_gradient_is_held_no_longer_than_its_step_and_none_comes_from_outside(monkeypatch):
+    model, held = toy_model(), []
+    clean = NPO().run(model, REQUEST, STOP)
+    measure = descent._Run._measure
+
+    def measuring(run, step):
+        held.extend(parameter.grad is not None for parameter in model.network.parameters())
+        return measure(run, step)
+
+    monkeypatch.setattr(descent._Run, "_measure", measuring)
+    for parameter in model.network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    assert same_weights(NPO().run(model, REQUEST, STOP).delta, clean.delta)
+    assert held and not any(held)
+
+
 def test_frozen_parameters_stay_out_of_the_update():
     model = toy_model()
     for name, parameter in model.network.named_parameters():
