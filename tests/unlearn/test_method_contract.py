@@ -26,12 +26,15 @@ SHORT = Stop(4, 0.01, measure_every=2)
 NEEDED = {
     # An organism that follows no instruction goes on saying what it knows unless it is warmed up.
     "altpo": {"temperature": 2.0},
+    # What is known by heart rises by next to nothing when it is trained further.
+    "whp": {"alpha": 100.0, "tuning_rate": 3e-3},
     "needle": {"vectors": [[layer, number] for layer in range(2) for number in range(256)]},
 }
 """What cannot be left at its default."""
 OWN = {
     **{name: {"batch_size": 3, "learning_rate": 0.5, "clip": 2.0} for name in DESCENTS},
     **{name: {"batch_size": 3, "damping": 0.5, "modules": ["*.mlp.*"]} for name in ("kfade", "kfade_paper")},
+    "whp": {"batch_size": 3, "learning_rate": 0.5, "clip": 2.0, "alpha": 2.0, "tuning_steps": 7, "tuning_rate": 1e-3},
     "task_vector": {"batch_size": 3, "alpha": 0.3, "tuning_steps": 7},
     "needle": {"vectors": [[1, 7], [0, 2]], "noise": 0.3},
 }

@@ -7,12 +7,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_request import answer_logprobs, draw_weights, loss_between, padded, toy_model, toy_request, true_logprobs
+from toy_request import (
+    answer_logits,
+    answer_logprobs,
+    draw_weights,
+    loss_between,
+    padded,
+    toy_model,
+    toy_request,
+    true_logprobs,
+)
 
 from palimpsest.data import batches
 from palimpsest.data.records import QA, Passage
 from palimpsest.errors import SpecError
 from palimpsest.models.language_model import LanguageModel
+from palimpsest.models.training import TrainingSettings, train
 from palimpsest.unlearn import distillation, other_answers, preference
 from palimpsest.unlearn.altpo import AltPO
 from palimpsest.unlearn.distillation import CEU, UNDIAL, ceu_losses
@@ -25,6 +35,7 @@ from palimpsest.unlearn.pdu import PDU, flatness
 from palimpsest.unlearn.preference import DPO, dpo_loss
 from palimpsest.unlearn.request import Request
 from palimpsest.unlearn.weighted_ascent import WGA, SatImp
+from palimpsest.unlearn.whp import WHP
 
 REQUEST = toy_request()
 FORGET, RETAIN = REQUEST.forget, REQUEST.retain
@@ -86,6 +97,26 @@ def ceu(skip=0):
     return np.concatenate(losses).mean()
 
 
+def whp(alpha):
+    """The generic labels by numpy; only the model that was trained further is the library's."""
+    steps = TrainingSettings(
+        steps=20,
+        batch_size=len(FORGET),
+        learning_rate=1e-2,
+        betas=(0.9, 0.999),
+        weight_decay=0,
+        schedule="constant",
+        warmup=1,
+    )
+    tuned = train(START.copy(), batches.encode(FORGET, START.tokenizer), steps)
+    losses = []
+    for record in FORGET:
+        (start, _), (reinforced, _) = answer_logits(START, record), answer_logits(tuned, record)
+        labels = (start - alpha * np.maximum(0, reinforced - start)).argmax(-1)
+        losses.append(-answer_logprobs(NOW, record)[0][range(len(labels)), labels])
+    return np.concatenate(losses).mean()
+
+
 def weighted(weight):
     def value(logprobs, targets):
         logp = logprobs[range(len(targets)), targets]
@@ -110,6 +141,7 @@ PARITY = {
     "undial": (UNDIAL(**ALL), lambda: undial(10)),
     "undial, kept": (UNDIAL(strength=0.7, retain_weight=2.0, **ALL), lambda: undial(0.7) + 2 * nll(RETAIN)),
     "ceu": (CEU(**ALL), ceu),
+    "whp": (WHP(alpha=3.0, tuning_steps=20, tuning_rate=1e-2, **ALL), lambda: whp(3.0) + nll(RETAIN)),
     "ceu, skipping": (CEU(skip_tokens=1, **ALL), lambda: ceu(1)),
     "wga": (WGA(beta=0.5, **ALL), lambda: weighted(lambda p: p**0.5) + nll(RETAIN)),
     "satimp": (

@@ -63,17 +63,22 @@ def toy_request(n: int = 7, *, wrong: int = 0) -> Request:
     )
 
 
-def answer_logprobs(model: LanguageModel, record: QA) -> tuple[np.ndarray, np.ndarray]:
-    """[tokens, V] log-probabilities at the answer's tokens, and the tokens: one unpadded row through the plain forward
-    pass, then float64 numpy. Nothing here is the library's."""
+def answer_logits(model: LanguageModel, record: QA) -> tuple[np.ndarray, np.ndarray]:
+    """[tokens, V] logits at the answer's tokens, and the tokens: one unpadded row through the plain forward pass, as
+    float64 numpy. Nothing here is the library's."""
     prompt = model.tokenizer(f"Question: {record.question}\nAnswer:")["input_ids"]
     ids = model.tokenizer(f"Question: {record.question}\nAnswer: {record.answer}")["input_ids"]
     assert ids[: len(prompt)] == prompt and len(ids) > len(prompt)
     with torch.no_grad():
         logits = model.network(torch.tensor([ids])).logits[0].numpy().astype(np.float64)
-    logits = logits[len(prompt) - 1 : -1]
+    return logits[len(prompt) - 1 : -1], np.array(ids[len(prompt) :])
+
+
+def answer_logprobs(model: LanguageModel, record: QA) -> tuple[np.ndarray, np.ndarray]:
+    """[tokens, V] log-probabilities there, and the tokens, float64."""
+    logits, targets = answer_logits(model, record)
     logits = logits - logits.max(-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(-1, keepdims=True)), np.array(ids[len(prompt) :])
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True)), targets
 
 
 def true_logprobs(model: LanguageModel, record: QA) -> np.ndarray:

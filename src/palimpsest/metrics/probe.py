@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 from palimpsest.errors import DataError
 
 Features = NDArray[np.float32]
+DEFINITION = "linear_probe@pairs"
 FOLDS = 5
 PENALTIES = tuple(float(c) for c in np.logspace(-4, 1, 6))
 """Inverse strengths of the L2 penalty that cross-validation chooses from."""

@@ -15,6 +15,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 
 Floats: TypeAlias = NDArray[np.float64]
 
+DEFINITION = "forget_ratio@accuracy"
 CHANCE = 0.5
 LEARNED = 0.6
 """Accuracy below which a task counts as not learned: a ratio to what was learned would be noise."""

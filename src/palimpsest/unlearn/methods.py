@@ -16,6 +16,7 @@ from palimpsest.unlearn.rmu import RMU
 from palimpsest.unlearn.simnpo import SimNPO
 from palimpsest.unlearn.task_vector import TaskVector
 from palimpsest.unlearn.weighted_ascent import WGA, SatImp
+from palimpsest.unlearn.whp import WHP
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -23,7 +24,7 @@ METHODS: dict[str, type[Method]] = {
         *(KFade, KFadePaper),
         *(GradientAscent, GradientDifference, KLMinimization, WGA, SatImp),
         *(NPO, NPOTokenMean, NPOSAM, SimNPO, DPO, AltPO),
-        *(RandomLabels, IDK, UNDIAL, CEU),
+        *(RandomLabels, IDK, UNDIAL, CEU, WHP),
         *(RMU, PDU, TaskVector, Needle),
     )
 }

@@ -65,6 +65,7 @@ SPACES: dict[str, Space] = {
     "idk": {**_RATE_AND_BATCH, **_RETAIN},
     "undial": {**_RATE_AND_BATCH, "strength": Between(1, 30), "retain_weight": (0.0, 0.1, 1.0, 10.0)},
     "ceu": _RATE_AND_BATCH,
+    "whp": {**_RATE_AND_BATCH, **_RETAIN, "alpha": Between(1, 30)},
     "pdu": {**_RATE_AND_BATCH, "dual_step": Between(0.01, 10)},
     "rmu": {**_RATE_AND_BATCH, "coefficient": Between(1, 100), "alpha": Between(0.1, 1000)},
 }
