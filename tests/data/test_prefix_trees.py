@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palimpsest.data.batches import Encoded
-from palimpsest.data.prefix_trees import Branching, forests, prefix_trees
+from palimpsest.data.prefix_trees import PADDED, Branching, forests, prefix_trees
 
 ALWAYS, NEVER = Branching(widest=10**6, token_cost=10**6), Branching(widest=0, token_cost=10**6)
 
@@ -56,6 +56,7 @@ def test_a_token_sees_its_own_beginning_and_predicts_its_rows_targets(
     targets: dict[int, list[int]] = {place: [] for place in range(len(encoded))}
     for forest in forests(encoded, branching, batch_size=batch_size):
         assert len(forest.rows.unique()) <= batch_size or len(forest.ids) == 1
+        assert forest.ids.numel() <= PADDED * int((forest.ends > 0).sum())
         assert len(forest.predicting.unique()) == len(forest.predicting)
         visible, width = forest.visible(), forest.ids.shape[1]
         assert bool(visible.diagonal(dim1=1, dim2=2).all())

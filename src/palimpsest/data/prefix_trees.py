@@ -15,6 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from palimpsest.data.batches import Encoded
 
+PADDED = 1.2
+"""How many tokens a batch of trees may have for each that is not padding."""
+
 
 @dataclass(frozen=True, slots=True)
 class Branching:
@@ -137,18 +140,23 @@ class Forest:
 
 
 def forests(encoded: Sequence[Encoded], branching: Branching, *, batch_size: int) -> Iterator[Forest]:
-    """Every row once, trees of like width together, as many as hold at most `batch_size` rows, or else one tree."""
+    """Every row once, trees of like width together, as many as hold `batch_size` rows without much padding, or one."""
     trees = sorted(prefix_trees(encoded, branching), key=lambda tree: (tree.branches, len(tree.ids)))
     together: list[PrefixTree] = []
-    n_rows = 0
     for tree in trees:
-        if together and n_rows + len(tree.paths) > batch_size:
+        if together and not _fits(tree, together, batch_size):
             yield _collate(encoded, together)
-            together, n_rows = [], 0
+            together = []
         together.append(tree)
-        n_rows += len(tree.paths)
     if together:
         yield _collate(encoded, together)
+
+
+def _fits(tree: PrefixTree, together: Sequence[PrefixTree], batch_size: int) -> bool:
+    """Whether a tree, the widest so far, leaves the batch with few enough rows and little enough padding."""
+    batch = [*together, tree]
+    padded, real = len(tree.ids) * len(batch), sum(len(each.ids) for each in batch)
+    return sum(len(each.paths) for each in batch) <= batch_size and padded <= PADDED * real
 
 
 def _collate(encoded: Sequence[Encoded], trees: Sequence[PrefixTree]) -> Forest:
