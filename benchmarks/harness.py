@@ -1,12 +1,19 @@
-"""Two sides of a comparison, run in turn, and the one JSON object that every benchmark prints last."""
+"""Two sides of a comparison, run in turn; the peer's packages; the one JSON object that every benchmark prints last."""
 
+import hashlib
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+
+from palimpsest.files import atomic_path
+from palimpsest.models.organism import cache_folder
 
 
 def in_turn(
@@ -45,3 +52,14 @@ def report(what: str, peer: str, ours: list[float], peers: list[float], agreemen
             }
         )
     )
+
+
+def peer_packages(requirements: str) -> Path:
+    """A folder with the packages of a file beside this one, and nothing that they depend on; made once."""
+    path = Path(__file__).with_name(requirements)
+    folder = cache_folder() / "benchmarks" / f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    if not folder.exists():
+        with atomic_path(folder) as temporary:
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            subprocess.run([*pip, "--target", str(temporary), "-r", str(path)], check=True)
+    return folder

@@ -35,7 +35,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from harness import report
+from harness import peer_packages, report
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,15 +50,12 @@ from palimpsest.curvature.moments import collect_moments
 from palimpsest.curvature.taps import sampled_label_gradient, uniforms
 from palimpsest.curvature.workers import Workers
 from palimpsest.data.batches import Encoded, batches
-from palimpsest.files import atomic_path
 from palimpsest.models.anatomy import Anatomy
 from palimpsest.models.language_model import LanguageModel, evaluating
-from palimpsest.models.organism import cache_folder
 from palimpsest.models.scoring import predict
 from palimpsest.models.tokenizers import word_tokenizer
 from palimpsest.progress import Ticker
 
-REQUIREMENTS = Path(__file__).with_name("kfac-requirements.txt")
 SEED, BATCH = 0, 8
 STAGES = {
     "ours": {"covariance": "collect_factors", "eigendecomposition": "kfac_blocks", "lambda": "collect_moments"},
@@ -110,7 +107,7 @@ def main() -> None:
 
 
 def _compare(size: str, runs: int, threads: int) -> None:
-    overlay = _kronfluence_overlay()
+    overlay = peer_packages("kfac-requirements.txt")
 
     def part(name: str, folder: Path) -> dict[str, Any]:
         command = [sys.executable, "-W", "ignore", __file__, f"--part={name}", f"--folder={folder}", f"--size={size}"]
@@ -163,16 +160,6 @@ def _report(size: Size, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]
         gemm_share=shares,
         gemm_gflops=round(median(run["gemm"] for run in ours) / 1e9, 1),
     )
-
-
-def _kronfluence_overlay() -> Path:
-    """A folder with kronfluence and what it needs beyond our environment, made once."""
-    folder = cache_folder() / "benchmarks" / "kronfluence-1.0.1"
-    if not folder.exists():
-        with atomic_path(folder) as temporary:
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            subprocess.run([*pip, "--target", str(temporary), "-r", str(REQUIREMENTS)], check=True)
-    return folder
 
 
 def _model(size: Size) -> LanguageModel:
