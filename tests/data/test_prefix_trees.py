@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palimpsest.data.batches import Encoded
-from palimpsest.data.prefix_trees import PADDED, Branching, forests, prefix_trees
+from palimpsest.data.batches import Encoded, collate
+from palimpsest.data.prefix_trees import PADDED, Branching, end_to_end, forests, prefix_trees
 
 ALWAYS, NEVER = Branching(widest=10**6, token_cost=10**6), Branching(widest=0, token_cost=10**6)
 
@@ -79,6 +79,22 @@ def test_a_token_sees_its_own_beginning_and_predicts_its_rows_targets(
     assert all(
         tuple(found) == encoded[row].ids[encoded[row].start : encoded[row].stop] for row, found in targets.items()
     )
+
+
+@given(rows(), st.sampled_from(["left", "right"]))
+@settings(deadline=None)
+def test_end_to_end_each_target_is_predicted_from_its_own_rows_beginning(encoded: list[Encoded], side: str) -> None:
+    encoded = [Encoded(row.ids[: row.stop], row.start, row.stop) for row in encoded]
+    line = end_to_end(collate(encoded, range(len(encoded)), side=side))
+    assert line.ids.shape == (1, sum(len(row.ids) - 1 for row in encoded))
+    visible = line.visible()[0]
+    expected = [(row, place) for row, one in enumerate(encoded) for place in range(one.start, one.stop)]
+    assert line.rows.tolist() == [row for row, _ in expected]
+    assert line.targets.tolist() == [encoded[row].ids[place] for row, place in expected]
+    for (row, place), by in zip(expected, line.predicted_by.tolist(), strict=True):
+        seen = visible[line.predicting[by]].nonzero()[:, 0]
+        assert tuple(line.ids[0, seen].tolist()) == encoded[row].ids[:place]
+        assert line.positions[0, seen].tolist() == list(range(place))
 
 
 @pytest.mark.parametrize(("token_cost", "n_trees"), [(0, 3), (6, 3), (7, 2), (15, 2), (16, 1)])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from palimpsest.data.batches import Encoded
+from palimpsest.data.batches import Batch, Encoded
 
 PADDED = 1.2
 """How many tokens a batch of trees may have for each that is not padding."""
@@ -137,6 +137,26 @@ class Forest:
         place = torch.arange(self.ids.shape[1], device=self.ids.device)
         behind = (place[:, None] >= place) & (place[:, None] < self.ends[:, None, :])
         return behind | (place[:, None] == place)
+
+
+def end_to_end(batch: Batch) -> Forest:
+    """A batch's rows behind one another as one tree that shares nothing; the targets stand in the batch's order."""
+    read = batch.attention[:, :-1] & batch.attention[:, 1:]  # all but padding and each row's last token
+    row = read.nonzero()[:, 0]
+    lengths = read.sum(1)
+    ends = lengths.cumsum(0)[row]
+    place = torch.arange(len(row), device=row.device)
+    predicting = batch.targets[:, 1:][read].nonzero()[:, 0]
+    return Forest(
+        batch.ids[:, :-1][read][None],
+        (place - ends + lengths[row])[None],
+        ends[None],
+        len(batch.rows) > 1,
+        predicting,
+        place[: len(predicting)],
+        batch.ids[batch.targets],
+        row[predicting],
+    )
 
 
 def forests(encoded: Sequence[Encoded], branching: Branching, *, batch_size: int) -> Iterator[Forest]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from palimpsest.data.batches import Batch, Encoded
-from palimpsest.data.prefix_trees import Branching, forests
+from palimpsest.data.prefix_trees import Branching, end_to_end, forests
 from palimpsest.models.families import FAMILIES
 from palimpsest.models.inputs import forest_inputs, forward_inputs
 from palimpsest.models.language_model import LanguageModel, evaluating
@@ -51,6 +51,21 @@ def predict(network: PreTrainedModel, batch: Batch) -> Predictions:
     row, place = batch.targets[:, 1:].nonzero().unbind(1)
     logits = _logits(network, row * batch.ids.shape[1] + place, forward_inputs(network, batch))
     return Predictions(logits, batch.ids[batch.targets], row)
+
+
+def predict_unpadded(model: LanguageModel, batch: Batch) -> Predictions:
+    """As `predict`, with the rows on one line, so that no padding is computed; for training, where rows are shuffled.
+
+    It is `predict` where the comparisons with other rows would cost more than the padding does, or where the model
+    cannot be told that a token sees its own row alone.
+    """
+    line, branching = end_to_end(batch), _branching(model)
+    (n_rows, longest), width = batch.ids.shape, line.ids.shape[1]
+    more_comparisons = width**2 - n_rows * longest**2
+    if width > branching.widest or more_comparisons > (n_rows * longest - width) * branching.token_cost:
+        return predict(model.network, batch)
+    logits = _logits(model.network, line.predicting, forest_inputs(model.network, line))
+    return Predictions(logits, line.targets, line.rows)
 
 
 def row_logprobs(model: LanguageModel, encoded: Sequence[Encoded], *, batch_size: int = 64) -> Tensor:
