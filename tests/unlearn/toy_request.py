@@ -19,7 +19,7 @@ WORDS = [f"w{number}" for number in range(40)]
 def toy_model(seed: int = 0) -> LanguageModel:
     """Large random weights, so that its predictions are far from uniform."""
     tokenizer = word_tokenizer(["Question: " + " ".join(WORDS) + "\nAnswer: w0"])
-    model = new_model(Architecture(layers=2, width=16, mlp_width=24, heads=2, context=64), tokenizer, seed)
+    model = new_model(Architecture(layers=2, width=16, mlp_width=24, heads=2, context=256), tokenizer, seed)
     draw_weights(model, seed)
     model.network.eval()
     return model

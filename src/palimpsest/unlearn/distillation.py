@@ -11,7 +11,7 @@ from palimpsest.data.batches import Batch
 from palimpsest.errors import SpecError
 from palimpsest.metrics.divergence import reference_logprobs
 from palimpsest.models.language_model import LanguageModel
-from palimpsest.models.scoring import Predictions, predict
+from palimpsest.models.scoring import Predictions, predict_unpadded
 from palimpsest.unlearn.descent import Descent
 from palimpsest.unlearn.keeping import Keeping
 from palimpsest.unlearn.lora import frozen_start
@@ -45,7 +45,7 @@ class UNDIAL(Keeping):
 
         def loss(step: int) -> Tensor:
             batch = forget.at(step)
-            predictions = predict(model.network, batch)
+            predictions = predict_unpadded(model, batch)
             target = lowered(at_start(batch), predictions.targets, self.strength)
             return soft_cross_entropy(predictions.logits, target).mean()
 
@@ -83,7 +83,7 @@ class CEU(Descent):
             )
 
         def loss(step: int) -> Tensor:
-            predictions = predict(model.network, forget.at(step))
+            predictions = predict_unpadded(model, forget.at(step))
             losses = ceu_losses(predictions.logits, predictions.targets)
             counted = place_in_row(predictions) >= self.skip_tokens
             return losses[counted].sum() / counted.sum().clamp(min=1)
@@ -126,6 +126,6 @@ def start_logprobs(model: LanguageModel, rows: Sampler) -> Callable[[Batch], Ten
 
     def said_now(batch: Batch) -> Tensor:
         with start() as frozen:
-            return predict(frozen.network, batch).logits.log_softmax(-1)
+            return predict_unpadded(frozen, batch).logits.log_softmax(-1)
 
     return said_now

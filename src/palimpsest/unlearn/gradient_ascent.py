@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from palimpsest.models.language_model import LanguageModel
-from palimpsest.models.scoring import predict
+from palimpsest.models.scoring import predict_unpadded
 from palimpsest.unlearn.descent import Descent
 from palimpsest.unlearn.keeping import Keeping
 from palimpsest.unlearn.losses import Objective, RetainTerm, sampler, token_mean_nll
@@ -21,7 +21,7 @@ class GradientAscent(Descent):
     def objective(self, model: LanguageModel, request: Request) -> Objective:
         """-NLL(forget), nats/token."""
         forget = sampler(self, model, request, request.forget)
-        return lambda step: -token_mean_nll(predict(model.network, forget.at(step)))
+        return lambda step: -token_mean_nll(predict_unpadded(model, forget.at(step)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class GradientDifference(Keeping):
     def forget_loss(self, model: LanguageModel, request: Request) -> Objective:
         """-forget_weight * NLL(forget), nats/token."""
         forget = sampler(self, model, request, request.forget)
-        return lambda step: -self.forget_weight * token_mean_nll(predict(model.network, forget.at(step)))
+        return lambda step: -self.forget_weight * token_mean_nll(predict_unpadded(model, forget.at(step)))
 
 
 @dataclass(frozen=True, kw_only=True)

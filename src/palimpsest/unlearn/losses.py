@@ -12,7 +12,7 @@ from palimpsest.data.records import Text
 from palimpsest.errors import SpecError
 from palimpsest.metrics.divergence import token_kl
 from palimpsest.models.language_model import LanguageModel
-from palimpsest.models.scoring import Predictions, predict
+from palimpsest.models.scoring import Predictions, predict_unpadded
 from palimpsest.unlearn.lora import frozen_start
 from palimpsest.unlearn.request import Request
 
@@ -75,13 +75,13 @@ def retain_loss(term: RetainTerm, method: "Descent", model: LanguageModel, reque
         raise SpecError(f"{method.name}: retain_term {term!r} is unknown; choose nll or kl")
     rows = sampler(method, model, request, request.retain, salt=1)
     if term == "nll":
-        return lambda step: token_mean_nll(predict(model.network, rows.at(step)))
+        return lambda step: token_mean_nll(predict_unpadded(model, rows.at(step)))
     start = frozen_start(model)
 
     def kl(step: int) -> Tensor:
         batch = rows.at(step)
         with start() as frozen:
-            reference = predict(frozen.network, batch).logits.log_softmax(-1)
-        return token_kl(reference, predict(model.network, batch).logits).mean()
+            reference = predict_unpadded(frozen, batch).logits.log_softmax(-1)
+        return token_kl(reference, predict_unpadded(model, batch).logits).mean()
 
     return kl

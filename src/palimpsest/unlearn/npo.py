@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from palimpsest.models.language_model import LanguageModel
-from palimpsest.models.scoring import predict, row_logprobs
+from palimpsest.models.scoring import predict_unpadded, row_logprobs
 from palimpsest.unlearn.keeping import Keeping
 from palimpsest.unlearn.losses import Objective, row_sum_logprobs, sampler
 from palimpsest.unlearn.request import Request
@@ -36,7 +36,7 @@ class NPO(Keeping):
 
         def loss(step: int) -> Tensor:
             batch = forget.at(step)
-            logprobs = row_sum_logprobs(predict(model.network, batch), len(batch.rows))
+            logprobs = row_sum_logprobs(predict_unpadded(model, batch), len(batch.rows))
             return self._loss(logprobs, start[list(batch.rows)], batch.targets.sum(1))
 
         return loss

@@ -11,7 +11,7 @@ from palimpsest.data.batches import collate, encode, epoch_order
 from palimpsest.data.records import QA, Text
 from palimpsest.errors import SpecError
 from palimpsest.models.language_model import LanguageModel
-from palimpsest.models.scoring import predict
+from palimpsest.models.scoring import predict_unpadded
 from palimpsest.unlearn.keeping import Keeping
 from palimpsest.unlearn.losses import Objective, token_mean_nll
 from palimpsest.unlearn.method import Method
@@ -36,7 +36,7 @@ class OtherAnswers(Keeping):
             asked = [self.asked(request, row, epoch) for row, epoch in visited]
             encoded = encode(asked, model.tokenizer, template=request.template)
             batch = collate(encoded, [row for row, _ in visited]).to(model.device)
-            return token_mean_nll(predict(model.network, batch))
+            return token_mean_nll(predict_unpadded(model, batch))
 
         return loss
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from palimpsest.errors import SpecError
 from palimpsest.models.language_model import LanguageModel
-from palimpsest.models.scoring import predict, row_logprobs
+from palimpsest.models.scoring import predict_unpadded, row_logprobs
 from palimpsest.unlearn.descent import Descent
 from palimpsest.unlearn.losses import Objective, Sampler, sampler, token_mean_nll
 from palimpsest.unlearn.request import Request
@@ -57,8 +57,8 @@ class _Lagrangian:
         self.memory = {"dual": method.dual}
 
     def __call__(self, step: int) -> Tensor:
-        flat = flatness(predict(self.model.network, self.forget.at(step)).logits)
-        over = token_mean_nll(predict(self.model.network, self.retain.at(step))) - self.limit
+        flat = flatness(predict_unpadded(self.model, self.forget.at(step)).logits)
+        over = token_mean_nll(predict_unpadded(self.model, self.retain.at(step))) - self.limit
         dual = self.memory["dual"]
         if step >= self.warmup:
             self.memory["dual"] = max(0.0, dual + self.method.dual_step * over.item())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from palimpsest.data.batches import Batch, collate, encode
 from palimpsest.data.records import QA
 from palimpsest.models.language_model import LanguageModel
-from palimpsest.models.scoring import predict, row_logprobs
+from palimpsest.models.scoring import predict_unpadded, row_logprobs
 from palimpsest.unlearn.idk import REFUSALS, take_refusals
 from palimpsest.unlearn.keeping import Keeping
 from palimpsest.unlearn.losses import Objective, row_sum_logprobs
@@ -50,7 +50,7 @@ class Preferring(Keeping):
             return collate([encoded[place] for place in places], places).to(model.device)
 
         def log_ratios(batch: Batch) -> Tensor:
-            return row_sum_logprobs(predict(model.network, batch), len(batch.rows)) - start[list(batch.rows)]
+            return row_sum_logprobs(predict_unpadded(model, batch), len(batch.rows)) - start[list(batch.rows)]
 
         def loss(step: int) -> Tensor:
             visited = visits(len(true), step, batch_size=size, seed=self.seed)

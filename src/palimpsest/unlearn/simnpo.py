@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from palimpsest.models.language_model import LanguageModel
-from palimpsest.models.scoring import predict
+from palimpsest.models.scoring import predict_unpadded
 from palimpsest.unlearn.keeping import Keeping
 from palimpsest.unlearn.losses import Objective, sampler
 from palimpsest.unlearn.request import Request
@@ -41,7 +41,7 @@ class SimNPO(Keeping):
 
         def loss(step: int) -> Tensor:
             batch = forget.at(step)
-            predictions = predict(model.network, batch)
+            predictions = predict_unpadded(model, batch)
             logprobs = predictions.mean_by_row(predictions.logprobs(), len(batch.rows))
             return simnpo_loss(logprobs, self.beta, self.gamma)
 

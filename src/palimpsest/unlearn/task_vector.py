@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from palimpsest.models.language_model import LanguageModel
-from palimpsest.models.scoring import predict
+from palimpsest.models.scoring import predict_unpadded
 from palimpsest.unlearn.along import go_along
 from palimpsest.unlearn.descent import Descent
 from palimpsest.unlearn.losses import Objective, sampler, token_mean_nll
@@ -56,4 +56,4 @@ class _Tuning(Descent):
 
     def objective(self, model: LanguageModel, request: Request) -> Objective:
         forget = sampler(self, model, request, request.forget)
-        return lambda step: token_mean_nll(predict(model.network, forget.at(step)))
+        return lambda step: token_mean_nll(predict_unpadded(model, forget.at(step)))

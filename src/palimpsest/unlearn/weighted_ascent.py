@@ -8,7 +8,7 @@ from torch import Tensor
 
 from palimpsest.errors import SpecError
 from palimpsest.models.language_model import LanguageModel
-from palimpsest.models.scoring import predict
+from palimpsest.models.scoring import predict_unpadded
 from palimpsest.unlearn.keeping import Keeping
 from palimpsest.unlearn.losses import Objective, sampler
 from palimpsest.unlearn.request import Request
@@ -27,7 +27,7 @@ class WeightedAscent(Keeping):
         forget = sampler(self, model, request, request.forget)
 
         def loss(step: int) -> Tensor:
-            logprobs = predict(model.network, forget.at(step)).logprobs()
+            logprobs = predict_unpadded(model, forget.at(step)).logprobs()
             return (self.weights(logprobs.detach().exp()) * logprobs).mean()
 
         return loss
