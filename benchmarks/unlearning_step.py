@@ -147,7 +147,7 @@ def _model(texts: Sequence[str]) -> LanguageModel:
         num_hidden_layers=6,
         num_attention_heads=8,
         num_key_value_heads=8,
-        max_position_embeddings=512,
+        max_position_embeddings=2048,
         tie_word_embeddings=False,
     )
     torch.manual_seed(0)
