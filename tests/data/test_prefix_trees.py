@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from palimpsest.data.batches import Encoded, collate
@@ -48,7 +48,11 @@ def test_where_branches_cost_nothing_rows_of_one_first_token_are_one_tree(encode
     assert sum(len(tree.ids) for tree in trees) == len(beginnings(encoded))
 
 
+LONG_AND_BRANCHED = [Encoded((0,) * 9, 1, 9), Encoded((1, 0, 0), 1, 3), Encoded((1, 1, 0), 1, 3)]
+
+
 @given(rows(), st.integers(1, 20), st.sampled_from([ALWAYS, NEVER]))
+@example(LONG_AND_BRANCHED, 20, ALWAYS)
 @settings(deadline=None)
 def test_a_token_sees_its_own_beginning_and_predicts_its_rows_targets(
     encoded: list[Encoded], batch_size: int, branching: Branching

@@ -173,10 +173,10 @@ def forests(encoded: Sequence[Encoded], branching: Branching, *, batch_size: int
 
 
 def _fits(tree: PrefixTree, together: Sequence[PrefixTree], batch_size: int) -> bool:
-    """Whether a tree, the widest so far, leaves the batch with few enough rows and little enough padding."""
+    """Whether a batch of trees with one more has few enough rows and little enough padding."""
     batch = [*together, tree]
-    padded, real = len(tree.ids) * len(batch), sum(len(each.ids) for each in batch)
-    return sum(len(each.paths) for each in batch) <= batch_size and padded <= PADDED * real
+    widths = [len(each.ids) for each in batch]
+    return sum(len(each.paths) for each in batch) <= batch_size and max(widths) * len(batch) <= PADDED * sum(widths)
 
 
 def _collate(encoded: Sequence[Encoded], trees: Sequence[PrefixTree]) -> Forest:
