@@ -9,7 +9,6 @@ from markupsafe import Markup
 
 from palimpsest.audit.comparison import QUANTITIES, Comparison, Mean
 from palimpsest.files import write_text
-from palimpsest.report.figures import nice_ticks
 from palimpsest.report.html import environment, part
 from palimpsest.report.text import number
 
@@ -19,6 +18,9 @@ LETTER, LINE, MARK = 6.6, 14, 8
 """About how wide a letter of a label is, how far apart two labels stand, and the room that a mark takes."""
 _LINEAR_BELOW = 0.003
 _NATS = (0, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+_PROBABILITIES = (*(step * 10.0**power for power in range(-6, 0) for step in (1, 3)), 1.0)
+_LEAST = 1e-6
+"""The least probability that the picture tells from nought."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,19 @@ def picture(comparison: Comparison) -> Picture | None:
     shown = {name: place for name, place in places.items() if place}
     if not any(comparison.role(name) == "unlearned" for name in shown):
         return None
-    logarithmic = QUANTITIES[comparison.left].unit == "nats/token"
+    in_nats = QUANTITIES[comparison.left].unit == "nats/token"
     harms = [harm for place in shown.values() for harm, _ in place]
-    lefts = [left for place in shown.values() for _, left in place]
-    widest, highest = max(harms) * 1.15, max(lefts) * 1.08 or 1.0
+    lefts = [left if in_nats else max(left, _LEAST) for place in shown.values() for _, left in place]
+    widest, highest = max(harms) * 1.15, max(lefts) * 1.15 or 1.0
+    lowest = 0.0 if in_nats else min(lefts) / 1.5
 
     def x(harm: float) -> float:
         return WIDTH * _scaled(harm) / _scaled(widest)
 
     def y(left: float) -> float:
-        return HEIGHT * (1 - (_scaled(left) / _scaled(highest) if logarithmic else left / highest))
+        if in_nats:
+            return HEIGHT * (1 - _scaled(left) / _scaled(highest))
+        return HEIGHT * (1 - math.log(max(left, _LEAST) / lowest) / math.log(highest / lowest))
 
     spots: list[Spot] = []
     marks = [(x(place[0][0]), y(place[0][1])) for place in shown.values()]
@@ -74,7 +79,7 @@ def picture(comparison: Comparison) -> Picture | None:
         drawn = tuple((x(harm), y(left)) for harm, left in seeds)
         spots.append(Spot(name, look, at_x, at_y, drawn, _label(name, at_x, at_y, taken), said))
     corners = [(x(shown[name][0][0]), y(shown[name][0][1])) for name in comparison.front()]
-    ticks = [left for left in _NATS if left <= highest] if logarithmic else nice_ticks(0.0, highest)
+    ticks = [left for left in (_NATS if in_nats else _PROBABILITIES) if lowest <= left <= highest]
     return Picture(
         tuple(spots),
         _steps(corners),
@@ -149,12 +154,16 @@ def _scaled(nats: float) -> float:
 
 
 def _label(name: str, x: float, y: float, taken: list[tuple[float, float, float]]) -> tuple[float, float, str]:
-    """Beside its mark, moved down until no earlier label lies under it."""
+    """Beside its mark, moved down or up as little as keeps it off earlier labels and off the axis."""
     width = LETTER * len(name)
     anchor, left = ("start", x + 11) if x + 11 + width < WIDTH else ("end", x - 11 - width)
-    down = y + 4
-    while any(abs(down - other) < LINE and left < end and start < left + width for start, end, other in taken):
-        down += LINE / 2
+
+    def free(down: float) -> bool:
+        over = [other for start, end, other in taken if left < end and start < left + width]
+        return 0 < down < HEIGHT and all(abs(down - other) >= LINE for other in over)
+
+    shifts = [sign * step * LINE / 2 for step in range(2 * HEIGHT // LINE) for sign in (1, -1)]
+    down = next((y + 4 + shift for shift in shifts if free(y + 4 + shift)), y + 4)
     taken.append((left, left + width, down))
     return (left if anchor == "start" else left + width), down, anchor
 

@@ -4,6 +4,7 @@ What is measured is kept, one file a model and seed under the hash of all that i
 """
 
 import json
+import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -112,21 +113,31 @@ def _tune_side_by_side(specs: Sequence[Spec], trials: int, folder: Path, process
         for method in spec.methods
         if not seed.on_record(method)
     ]
-    shares = [work[first::processes] for first in range(processes) if work[first::processes]]
+    workers = min(processes, len(work))
+    left = multiprocessing.get_context("spawn").SimpleQueue()
+    for place in (*range(len(work)), *[None] * workers):
+        left.put(place)
     side_by_side(
         {
-            f"methods, {number} of {len(shares)}": partial(_tune, share, trials, folder)
-            for number, share in enumerate(shares, 1)
+            f"methods, {number} of {workers}": partial(_tune, work, left, trials, folder)
+            for number in range(1, workers + 1)
         }
     )
 
 
-def _tune(work: Sequence[tuple[Spec, Method]], trials: int, folder: Path, report: Report) -> None:
-    """One process's share, seed by seed."""
+def _tune(
+    work: Sequence[tuple[Spec, Method]],
+    left: "multiprocessing.queues.SimpleQueue[int | None]",
+    trials: int,
+    folder: Path,
+    report: Report,
+) -> None:
+    """In one process: the next of the work that is left, again and again, until None is."""
     console.quiet = True  # whoever started this process shows how far it is
     seed: _OneSeed | None = None
-    for done, (spec, method) in enumerate(work):
-        report(done, len(work), f"seed {spec.seed}: {method.name}")
+    for place in iter(left.get, None):
+        spec, method = work[place]
+        report(place, len(work), f"seed {spec.seed}: {method.name}")
         if seed is None or seed.spec is not spec:
             seed = _OneSeed(spec, trials, folder)
         seed.tuned(method)
