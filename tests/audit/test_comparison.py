@@ -81,7 +81,7 @@ def test_the_picture_keeps_order_and_stays_inside(spots: list[tuple[float, float
     by_name = {spot.name: spot for spot in drawn.spots}
     assert set(by_name) == set(found.names)
     for spot in drawn.spots:
-        assert 0 <= spot.x <= WIDTH and 0 <= spot.y <= HEIGHT
+        assert 0 <= spot.x <= WIDTH and 0 <= spot.y <= HEIGHT and 0 < spot.label[1] < HEIGHT
     for one in drawn.spots:
         for other in drawn.spots:
             harms = [found.mean(spot.name, "harm").value for spot in (one, other)]  # type: ignore[union-attr]
