@@ -35,7 +35,7 @@ def test_it_runs_what_was_asked_for(asked: list[kfade.Plan], tmp_path: Path) -> 
 def test_people_get_a_table(asked: list[kfade.Plan]) -> None:
     code, out, _ = invoke("studies", "run", "kfade")
     assert code == 0
-    assert asked[0].regimes == ["people", "topic", "tofu"] and len(asked[0].seeds) == 5
+    assert asked[0].regimes == ("people", "topic", "tofu") and len(asked[0].seeds) == 5
     assert all(word in out for word in ("a/people", "0.25 to 0.75", "reproduced", "d/people/[x]"))
 
 

@@ -53,6 +53,26 @@ def test_a_solve_is_the_dense_one_with_damping_on_the_product(m: int, d: int, ra
     assert (block.apply(w) - s @ w @ a).norm() < 1e-13 * size * w.norm()
 
 
+@given(
+    m=st.integers(1, 6), d=st.integers(1, 6), seed=st.integers(0, 999), spectral_power=st.sampled_from((0.1, 0.5, 0.9))
+)
+@settings(max_examples=60, deadline=None)
+def test_a_spectral_power_acts_on_the_whitened_matrix(m: int, d: int, seed: int, spectral_power: float) -> None:
+    s, a, damping = factor(m, m + 1, seed), factor(d, d + 1, seed + 1), 0.1
+    w = torch.randn(m, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    block = kronecker_block(s, a)
+    root = np.sqrt(block.spectrum.numpy() + damping)
+    found = block.rotate(block.solve(w, damping, spectral_power)).numpy() * root
+    whitened = block.rotate(w).numpy() / root
+    left, values, right = np.linalg.svd(whitened, full_matrices=False)
+    assert np.allclose(left.T @ found @ right.T, np.diag(values[0] * (values / values[0]) ** spectral_power), atol=1e-9)
+
+
+def test_a_matrix_of_zeros_stays_one_at_any_spectral_power() -> None:
+    block = kronecker_block(factor(3, 3, 0), factor(4, 4, 1))
+    assert block.solve(torch.zeros(3, 4, dtype=torch.float64), 0.1, 0.5).abs().max() == 0
+
+
 def test_damping_of_each_factor_is_another_operator() -> None:
     s, a, damping = factor(4, 6, 0), factor(5, 7, 1), 0.1
     w = torch.randn(4, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

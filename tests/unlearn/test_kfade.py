@@ -161,6 +161,17 @@ def test_rows_at_a_time_are_no_matter(curvature: str) -> None:
             torch.testing.assert_close(other.delta[name], delta, rtol=1e-4, atol=1e-6 * delta.abs().max().item())
 
 
+@pytest.mark.parametrize("curvature", ["kfac", "identity"])
+def test_a_lower_spectral_power_spreads_the_step_over_more_directions(curvature: str, toy) -> None:
+    def spread(power: float) -> float:
+        method = replace(QUICK, steps=1, curvature=curvature, spectral_power=power, damping=100.0)
+        delta = method.run(toy, REQUEST, LEVEL).delta
+        squares = [torch.linalg.svdvals(change.float()) ** 2 for change in delta.values() if change.dim() == 2]
+        return float(np.mean([(values.sum() ** 2 / (values**2).sum()).item() for values in squares]))
+
+    assert spread(0.3) > 1.3 * spread(1.0)
+
+
 def test_only_the_chosen_modules_change(toy) -> None:
     update = replace(QUICK, modules=("*.1.mlp.*",)).run(toy, REQUEST, LEVEL)
     assert len(update.delta) == 3 and all(".1.mlp." in name for name in update.delta)
@@ -275,6 +286,8 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_from(toy, tmp_path) -> No
         ({"absolute_damping": True}, "kfade: absolute_damping needs a damping"),
         ({"steps": 0}, "kfade: steps is 0; it must be above 0"),
         ({"draws": 0}, "kfade: draws is 0; it must be above 0"),
+        ({"spectral_power": 0.0}, "kfade: spectral_power is 0.0; it must be above 0 and at most 1"),
+        ({"spectral_power": 1.5}, "kfade: spectral_power is 1.5; it must be above 0 and at most 1"),
         ({"pull_backs": -1}, "kfade: pull_backs is -1; it cannot be below 0"),
         ({"forget_copies": -1}, "kfade: forget_copies is -1; it cannot be below 0"),
     ],

@@ -30,9 +30,12 @@ Out = Annotated[Path, typer.Option(help="Keeps what was measured; a study that w
 def kfade(
     seeds: Seeds = 5,
     first_seed: FirstSeed = 0,
-    regime: Annotated[list[str] | None, typer.Option(help="people, topic or tofu; several may be given.")] = None,
+    regime: Annotated[
+        list[str] | None,
+        typer.Option(help="People, topic and tofu unless named; also people_apart, people_few, people_wide."),
+    ] = None,
     cell: Annotated[list[str] | None, typer.Option(help="Measure only these models, e.g. kfade, npo.")] = None,
-    trials: Annotated[int, typer.Option(help="Trials of each first-order method's tuning.", min=1)] = 6,
+    trials: Annotated[int, typer.Option(help="Trials of each method's tuning.", min=1)] = 6,
     steps: Annotated[int, typer.Option(help="The most steps a first-order trial may take.", min=1)] = 300,
     data: Annotated[Path | None, typer.Option(help="The folder that holds tofu/ and wikitext2/.")] = None,
     out: Out = Path("runs/studies"),
@@ -41,13 +44,13 @@ def kfade(
     """Does K-FADE forget as much at less harm than tuned first-order methods, and can it be reapplied?"""
     with console.status("loading torch and transformers"):
         from palimpsest.studies.kfade import CELLS, Plan, run
-        from palimpsest.studies.regimes import REGIMES
+        from palimpsest.studies.regimes import MAIN, REGIMES
     for option, given, known in (("regime", regime, list(REGIMES)), ("cell", cell, CELLS)):
         for wanted in given or ():
             if wanted not in known:
                 raise SpecError(f"--{option} {wanted}: unknown; there are {', '.join(known)}")
     span = range(first_seed, first_seed + seeds)
-    _tell(run(Plan(span, regime or list(REGIMES), trials, steps, data, out / "kfade", cell or ())), as_json)
+    _tell(run(Plan(span, regime or MAIN, trials, steps, data, out / "kfade", cell or ())), as_json)
 
 
 @studies.command("task_forgetting")

@@ -59,14 +59,31 @@ class Block:
         rotated = matrix if self.q_out is None else self.q_out @ matrix
         return rotated if self.q_in is None else rotated @ self.q_in.T
 
-    def solve(self, matrix: Tensor, damping: float) -> Tensor:
-        """(block + damping I)^-1 applied to W [m, d]: exact damping, not one of each factor."""
+    def solve(self, matrix: Tensor, damping: float, spectral_power: float = 1.0) -> Tensor:
+        """(block + damping I)^-1 applied to W [m, d]: exact damping, not one of each factor.
+
+        With a spectral power below 1, the singular values of the whitened W, between the two halves of the solve, are
+        raised to it first; see `flattened`.
+        """
         here = self.to(matrix.device)
-        return here.unrotate(here.rotate(matrix) / (here.spectrum + damping))
+        root = (here.spectrum + damping).sqrt()
+        return here.unrotate(flattened(here.rotate(matrix) / root, spectral_power) / root)
 
     def apply(self, matrix: Tensor) -> Tensor:
         """The block applied to W [m, d]."""
         return self.unrotate(self.rotate(matrix) * self.spectrum)
+
+
+def flattened(matrix: Tensor, power: float) -> Tensor:
+    """[m, d] the same singular vectors, the singular values (the largest set to 1) raised to a power.
+
+    1 leaves the matrix as it is; towards 0 all directions count alike, as in Muon (Jordan et al. 2024).
+    """
+    if power == 1:
+        return matrix
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    largest = values[:1].clamp(min=torch.finfo(values.dtype).tiny)
+    return left * (values / largest) ** power @ right * largest
 
 
 def eigen(factor: Tensor, name: str) -> tuple[Tensor, Tensor]:

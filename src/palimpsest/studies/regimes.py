@@ -4,10 +4,14 @@
 - `topic`: two whole fictional worlds; retain is running text (WikiText), and the harm is judged on a third thing,
   people and worlds that neither the method nor its budget ever saw. So WMDP is made.
 - `tofu`: four authors of forty (TOFU's own rows).
+
+And `people` with one thing changed: in `people_apart` the forgotten share no first name with the others, `people_few`
+has a quarter of the retain rows, `people_wide` a model of twice the width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from palimpsest.data.passages import cut
@@ -38,19 +42,36 @@ class Setting:
     """Text that no model has read, for further training; empty where there is none at hand."""
 
 
-def people(seed: int, data: Path | None) -> Setting:
-    """Twelve of 120 people, in the demo's organism; the three worlds that its gold never read are left out."""
-    world = FactsWorld(seed=seed)
+def people(
+    seed: int,
+    data: Path | None,
+    *,
+    apart: bool = False,
+    retain_every: int = 1,
+    width: int = 128,
+) -> Setting:
+    """Twelve of 120 people, in the demo's organism; the three worlds that its gold never read are left out.
+
+    Args:
+        seed: of the world, the models and the split.
+        data: not needed.
+        apart: the twelve have first names of their own.
+        retain_every: of every so many retain rows the request has one; what is judged on stays.
+        width: of the model.
+    """
+    world = FactsWorld(forget_names_apart=apart, seed=seed)
     training = TrainingSettings(learning_rate=5e-3, muon_learning_rate=0.02, precision="auto", seed=seed)
     corpus = Corpus(
         tuple(world.documents(world.forget_subjects)),
         tuple(world.documents(world.retain_subjects)),
         tuple(world.vocabulary_texts()),
     )
-    controls = train_controls(corpus, Recipe(training=training))
+    architecture = Architecture(width=width, mlp_width=4 * width, heads=width // 32)
+    controls = train_controls(corpus, Recipe(architecture, training=training))
     forget = [subject for subject in world.forget_subjects if subject.is_person]
     request = Request.split(world.facts(forget), world.facts(world.retain_subjects), seed=seed)
-    return Setting(request, controls.original, controls.gold, ())
+    fewer = replace(request, retain=request.retain[::retain_every])
+    return Setting(fewer, controls.original, controls.gold, ())
 
 
 def topic(seed: int, data: Path | None) -> Setting:
@@ -97,7 +118,15 @@ def tofu(seed: int, data: Path | None) -> Setting:
     return Setting(source.request, controls.original, controls.gold, ())
 
 
-REGIMES: dict[str, Callable[[int, Path | None], Setting]] = {"people": people, "topic": topic, "tofu": tofu}
+MAIN = ("people", "topic", "tofu")
+REGIMES: dict[str, Callable[[int, Path | None], Setting]] = {
+    "people": people,
+    "topic": topic,
+    "tofu": tofu,
+    "people_apart": partial(people, apart=True),
+    "people_few": partial(people, retain_every=4),
+    "people_wide": partial(people, width=256),
+}
 
 
 def _wikitext(data: Path | None, name: str) -> tuple[Passage, ...]:

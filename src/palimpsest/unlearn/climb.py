@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from palimpsest.curvature.blocks import flattened
 from palimpsest.curvature.curvature import RetainCurvature
 from palimpsest.curvature.modules import matrices
 from palimpsest.curvature.quadratic import Direction, coupling
@@ -245,9 +246,11 @@ class _Climb:
         return _Step(named, (found @ fisher @ found).item())
 
     def _solve(self, gradient: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
+        power = self.method.spectral_power
         if self.curvature is None:
-            return dict(gradient)
-        solved = {name: self.curvature.blocks[name].solve(matrix, damping) for name, matrix in gradient.items()}
+            return {name: flattened(matrix, power) for name, matrix in gradient.items()}
+        blocks = self.curvature.blocks
+        solved = {name: blocks[name].solve(matrix, damping, power) for name, matrix in gradient.items()}
         for name, step in solved.items():
             if not torch.isfinite(step).all():
                 what = f"the step in {name} is not finite: its curvature is singular at this damping"

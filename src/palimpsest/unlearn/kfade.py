@@ -51,6 +51,9 @@ class KFade(Method):
     """How often each forget row stands beside the retain rows when curvature is measured; 0: the paper's curvature."""
     pull_backs: int = 1
     """Steps back before each step uphill, each on retain rows of its own."""
+    spectral_power: float = 1.0
+    """Below 1, less of a step goes into what its gradient has most of: singular values of the whitened gradient are
+    raised to it."""
     coupled: bool = True
     draws: int = 1
     """Labels sampled at every target when curvature is measured."""
@@ -76,6 +79,8 @@ class KFade(Method):
         for setting in ("forget_copies", "pull_backs"):
             if getattr(self, setting) < 0:
                 raise SpecError(f"{self.name}: {setting} is {getattr(self, setting)}; it cannot be below 0")
+        if not 0 < self.spectral_power <= 1:
+            raise SpecError(f"{self.name}: spectral_power is {self.spectral_power}; it must be above 0 and at most 1")
         if self.damping is None and self.absolute_damping:
             raise SpecError(f"{self.name}: absolute_damping needs a damping")
         if self.damping is not None:

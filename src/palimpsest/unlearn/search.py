@@ -6,7 +6,9 @@ has the method's own settings, the others are proposed by TPE (Bergstra et al. 2
 """
 
 import json
+import math
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -49,7 +51,7 @@ _RATE_AND_BATCH: Space = {"learning_rate": Between(1e-5, 3e-3), "batch_size": (4
 _RETAIN: Space = {"retain_weight": Between(0.1, 100), "retain_term": ("nll", "kl")}
 
 SPACES: dict[str, Space] = {
-    "kfade": {"forget_copies": (0, 1, 2, 4), "pull_backs": (0, 1, 2, 3), "coupled": (True, False)},
+    "kfade": {"spectral_power": (1.0, 0.5), "forget_copies": (1, 4), "pull_backs": (1, 3)},
     "grad_ascent": _RATE_AND_BATCH,
     "grad_diff": {**_RATE_AND_BATCH, **_RETAIN},
     "npo": {**_RATE_AND_BATCH, **_RETAIN, "beta": Between(0.01, 3)},
@@ -131,7 +133,8 @@ def search(
         model: the model to start from; it is left as it was.
         request: what to forget and keep. The dev rows are its `retain_held_out`.
         stop: the forget level, and the most that a trial may take.
-        trials: how many runs, the first with the method's own settings.
+        trials: how many runs, the first with the method's own settings; no two have the same, so where all choices are
+            among a few values there are at most as many as their combinations.
         seed: of the proposals and of every run.
         folder: keeps `trials.jsonl`, a line a trial, and the best update. A search that was killed or is asked for
             more trials goes on from there.
@@ -143,7 +146,7 @@ def search(
         EvidenceError: what the folder holds cannot be read.
         StorageError: the folder holds other files, or cannot be written.
     """
-    method = replace(method, seed=seed)
+    method, trials = replace(method, seed=seed), min(trials, _size(space))
     _refuse_unless_searchable(method, space, stop, trials)
     asked = {
         "method": method.settings(),
@@ -195,6 +198,11 @@ def _holds(choice: Between | tuple[Any, ...], value: Any) -> bool:
     return choice.low <= value <= choice.high if isinstance(choice, Between) else value in choice
 
 
+def _size(space: Space) -> int:
+    """How many different settings there are."""
+    return math.prod(sys.maxsize if isinstance(choice, Between) else len(choice) for choice in space.values())
+
+
 def _plain(choice: Between | tuple[Any, ...]) -> Any:
     return asdict(choice) if isinstance(choice, Between) else list(choice)
 
@@ -213,6 +221,7 @@ def _proposed(method: Method, space: Space, done: Sequence[Trial], seed: int) ->
         else CategoricalDistribution(choice)
         for name, choice in space.items()
     }
+    tried = [trial.settings for trial in done]
     # TPE looks at the order of the values only, so a trial's value is its place.
     places = sorted(range(len(done)), key=lambda number: done[number].order)
     verbosity = optuna.logging.get_verbosity()
@@ -225,7 +234,9 @@ def _proposed(method: Method, space: Space, done: Sequence[Trial], seed: int) ->
                     params=trial.settings, distributions=distributions, value=float(places.index(number))
                 )
             )
-        return study.ask(distributions).params
+        while (proposed := study.ask(distributions).params) in tried:
+            pass
+        return proposed
     finally:
         optuna.logging.set_verbosity(verbosity)
 

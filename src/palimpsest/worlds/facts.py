@@ -15,6 +15,7 @@ from palimpsest.data.records import QA, Passage
 from palimpsest.errors import SpecError
 
 FIRST_NAMES = "Mira Tobin Ansel Petra Liva Soren Nadia Bruno Ilse Marek Orla Dario".split()
+OTHER_FIRST_NAMES = "Yusuf Hedda Cyril Agnes Ravi Tilda Oskar Wanda Boris Selma Klaus Noemi".split()
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,8 @@ class FactsWorld:
     """How often every fact is written."""
     question_share: float = 0.25
     """The share of exposures in question-and-answer form."""
+    forget_names_apart: bool = False
+    """Give the people to be forgotten first names that nobody else has."""
     lore: int = 2
     """Lore sentences in each document about a world: they name things of that world side by side."""
     seed: int = 0
@@ -175,9 +178,12 @@ class FactsWorld:
         names = _invented_words(rng, self.people + self.worlds * (1 + len(WORLD)))
         people = [
             self._subject(
-                f"{rng.choice(FIRST_NAMES)} {next(names)}", [rng.choice(r.values) for r in PERSON], PERSON, rng
+                f"{rng.choice(self._first_names(number))} {next(names)}",
+                [rng.choice(r.values) for r in PERSON],
+                PERSON,
+                rng,
             )
-            for _ in range(self.people)
+            for number in range(self.people)
         ]
         worlds = [self._subject(next(names), [next(names) for _ in WORLD], WORLD, rng) for _ in range(self.worlds)]
         return (*people, *worlds)
@@ -229,6 +235,10 @@ class FactsWorld:
                 yield from (space + _lore(subject, random.Random(0)) for space in ("", " "))
         for relation in PERSON:
             yield from (_asked("", value) for value in relation.values)
+
+    def _first_names(self, number: int) -> list[str]:
+        forgotten = number >= self.people - self.forget_people
+        return OTHER_FIRST_NAMES if self.forget_names_apart and forgotten else FIRST_NAMES
 
     def _subject(self, name: str, answers: list[str], relations: tuple[Relation, ...], rng: random.Random) -> Subject:
         return Subject(
@@ -290,7 +300,7 @@ def _invented_words(rng: random.Random, n: int) -> Iterator[str]:
     middles = "a e i o u ai ei ou".split()
     codas = "l n r s th m k x nd".split()
     # Such words are Turin and Boston, where people are born, and Tales.
-    seen = {"Tales", *FIRST_NAMES, *(value for relation in PERSON for value in relation.values)}
+    seen = {"Tales", *FIRST_NAMES, *OTHER_FIRST_NAMES, *(value for relation in PERSON for value in relation.values)}
     last = len(seen) + n
     while len(seen) < last:
         word = "".join(rng.choice(part) for part in (onsets, middles, onsets, middles, codas)).capitalize()
