@@ -142,17 +142,14 @@ class _Climb:
     # -- one step ---------------------------------------------------------------------------------------------------
 
     def _climb_once(self) -> None:
-        uphill, self.retain_now = self._uphill(), self._some_retain_rows(0)
+        self.retain_now = self._some_retain_rows(0)
         if self.step % self.method.refit_every == 0:
-            self._measure_curvature(uphill)
-        if self.method.pull_backs and self.step > 0:
-            for pull_back in range(self.method.pull_backs):
-                if pull_back > 0:
-                    self.retain_now = self._some_retain_rows(pull_back)
-                self._pull_back()
-            uphill = self._uphill()
-        chosen = self._step_along(uphill, self._damping())
-        self._take(chosen, self._goal(), self._tolerance())
+            self._measure_curvature()
+        for pull_back in range(self.method.pull_backs if self.step > 0 else 0):
+            if pull_back > 0:
+                self.retain_now = self._some_retain_rows(pull_back)
+            self._pull_back()
+        self._take(self._step_along(self._uphill(), self._damping()), self._goal(), self._tolerance())
 
     def _uphill(self) -> dict[str, Tensor]:
         """[out, in] by matrix: the gradient to follow so that the forget set is forgotten."""
@@ -163,7 +160,8 @@ class _Climb:
                 logprobs = predict(self.model.network, batch.to(self.model.device)).logprobs()
                 yield self.method.loss(logprobs).sum() / n_targets
 
-        return self._downhill(losses())
+        uphill, _ = self._downhill(losses())
+        return uphill
 
     def _some_retain_rows(self, pull_back: int) -> ReferenceLogprobs:
         """Retain rows for a part of this step, with the start model's predictions on them."""
@@ -177,8 +175,8 @@ class _Climb:
             rows.append(row)
         return self.kept.take(rows)
 
-    def _towards_the_start(self, kept: ReferenceLogprobs) -> dict[str, Tensor]:
-        """[out, in] by matrix: down the KL from the start model's predictions on retain rows."""
+    def _towards_the_start(self, kept: ReferenceLogprobs) -> tuple[dict[str, Tensor], float]:
+        """[out, in] by matrix: down the KL from the start model's predictions on retain rows; and that KL."""
 
         def losses() -> Iterator[Tensor]:
             for batch in batches(kept.encoded, batch_size=self.method.batch_size):
@@ -187,24 +185,25 @@ class _Climb:
 
         return self._downhill(losses())
 
-    def _downhill(self, losses: Iterator[Tensor]) -> dict[str, Tensor]:
-        network = self.model.network
+    def _downhill(self, losses: Iterator[Tensor]) -> tuple[dict[str, Tensor], float]:
+        """Minus the gradient of the losses' sum, and the sum."""
+        network, total = self.model.network, 0.0
         network.zero_grad()
         for loss in losses:
             loss.backward()
+            total += loss.item()
         gradients = {name: parameter.grad for name, parameter in self.parameters.items()}
         for name, gradient in gradients.items():
             if gradient is None or not torch.isfinite(gradient).all():
                 raise self._broken(f"the gradient of {name} is not finite")
         found = {matrix.name: -matrix.gather(gradients) for matrix in self.matrices}  # type: ignore[arg-type]
         network.zero_grad()
-        return found
+        return found, total
 
     def _pull_back(self) -> None:
         """Go down the retain KL by a Gauss-Newton step, as far as that lowers it."""
-        back = self._towards_the_start(self.retain_now)
+        back, lowest = self._towards_the_start(self.retain_now)
         step, before = self._step_along(back, self._damping()), copied(self.parameters)
-        lowest = self._kept_kl()
         for share in PULL_BACKS:
             self._put(before, step, share)
             if self._kept_kl() < lowest:
@@ -290,7 +289,7 @@ class _Climb:
 
     # -- curvature and damping ------------------------------------------------------------------------------------
 
-    def _measure_curvature(self, uphill: Mapping[str, Tensor]) -> None:
+    def _measure_curvature(self) -> None:
         method = self.method
         if method.curvature == "identity":
             self.dampings.append(0.0)
@@ -308,7 +307,7 @@ class _Climb:
         )
         if self.curvature.warning and self.step == 0:
             console.print(f"warning: {self.curvature.warning}", style="yellow", highlight=False)
-        self.dampings.append(method.damping if method.damping is not None else self._best_damping(uphill))
+        self.dampings.append(method.damping if method.damping is not None else self._best_damping())
 
     def _damping(self) -> float:
         """Absolute."""
@@ -317,13 +316,13 @@ class _Climb:
     def _unit(self) -> float:
         return 1.0 if self.method.absolute_damping or not self.curvature else self.curvature.mean_eigenvalue
 
-    def _best_damping(self, uphill: Mapping[str, Tensor]) -> float:
+    def _best_damping(self) -> float:
         """The largest damping that does held-out retain rows no harm; where there is none, the one that harms least.
 
         A small damping moves the weights far in directions that the retain rows do not use. What else uses them, nobody
         has measured: so it is worth that only where it spares the retain rows something.
         """
-        before, guess, found = copied(self.parameters), self.guess, dict[float, float]()
+        uphill, before, guess, found = self._uphill(), copied(self.parameters), self.guess, dict[float, float]()
         for first in range(0, len(DAMPINGS), TOGETHER):
             tried = DAMPINGS[first : first + TOGETHER]
             steps = self._steps_along(uphill, [damping * self._unit() for damping in tried])
