@@ -111,7 +111,7 @@ def test_fused_experts_have_no_value_matrix(family, kind):
         _ = anatomy.d_ff
 
 
-@pytest.mark.parametrize("layer", [-1, LAYERS])
+@pytest.mark.parametrize("layer", [-2, LAYERS])
 def test_a_layer_that_is_not_there_is_refused(layer):
     with pytest.raises(ModelError, match="has layers 0 to 2"):
         Anatomy.of(tiny("llama")).module(Site("resid", layer))

@@ -316,3 +316,26 @@ def test_a_site_that_is_not_there_is_refused_before_any_hook_is_set(family):
     ):
         pytest.fail("the context was entered")
     assert n_hooks(model.network) == 0
+
+
+# Before the first block.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_first_block_reads_is_read_and_patched(family):
+    model, batch = tiny_model(family), tiny_batch(6, 6)
+    first, second = Site("resid", -1), Site("resid", 0)
+    store = capture(model, batch, [first, second])
+    same = Patch.of(store[first], everywhere(batch))
+    other = Patch.of(store[first].flip(0), everywhere(batch))
+    with patched(model.anatomy, {first: same}):
+        torch.testing.assert_close(capture(model, batch, [second])[second], store[second])
+    with patched(model.anatomy, {first: other}):
+        swapped = capture(model, batch, [first, second])
+    torch.testing.assert_close(swapped[first], store[first].flip(0))
+    torch.testing.assert_close(swapped[second], store[second].flip(0), **CLOSE)
+
+
+def test_only_the_residual_stream_stands_before_the_first_block():
+    with pytest.raises(ModelError, match="has layers 0 to 2"):
+        capture(tiny_model("llama"), tiny_batch(3), [Site("attn", -1)])

@@ -29,7 +29,12 @@ class Site:
 
     kind: Kind
     layer: int
-    """Counted from 0."""
+    """Counted from 0; `resid` of layer -1 is what the first block reads."""
+
+    @property
+    def is_input(self) -> bool:
+        """Whether its module reads it; else the module gives it."""
+        return self.kind == "coef" or self.layer == -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,11 +132,13 @@ class Anatomy:
         return [Site(kind, layer) for layer in range(self.n_layers) for kind in kinds or self.kinds]
 
     def module(self, site: Site) -> nn.Module:
-        """The module whose output (for `coef`: whose input) is the site.
+        """The module whose output is the site, or whose input, where `site.is_input`.
 
         Raises:
             ModelError: no such layer, or `mlp`/`coef` in a mixture of fused experts.
         """
+        if site == Site("resid", -1):
+            return self.blocks[0]
         if not 0 <= site.layer < self.n_layers:
             raise ModelError(f"{site}: this {self.family} has layers 0 to {self.n_layers - 1}")
         if site.kind not in self.kinds:

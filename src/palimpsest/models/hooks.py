@@ -125,16 +125,20 @@ def _hooked(anatomy: Anatomy, actions: Mapping[Site, Callable[[Tensor], Tensor |
     places = [(anatomy.module(site), site, action) for site, action in actions.items()]
     with ExitStack() as handles:
         for module, site, action in places:
-            hook = _on_input(action) if site.kind == "coef" else _on_output(action)
-            register = module.register_forward_pre_hook if site.kind == "coef" else module.register_forward_hook
-            handles.enter_context(register(hook))
+            if site.is_input:
+                handles.enter_context(module.register_forward_pre_hook(_on_input(action), with_kwargs=True))
+            else:
+                handles.enter_context(module.register_forward_hook(_on_output(action)))
         yield
 
 
 def _on_input(action: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
-    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any] | None:
+        if not inputs:  # some families name what they give a block
+            changed = action(named["hidden_states"])
+            return None if changed is None else (inputs, named | {"hidden_states": changed})
         changed = action(inputs[0])
-        return None if changed is None else (changed, *inputs[1:])
+        return None if changed is None else ((changed, *inputs[1:]), named)
 
     return hook
 

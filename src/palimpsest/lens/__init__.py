@@ -1,0 +1,1 @@
+"""Lenses: what every layer of a language model already believes."""
