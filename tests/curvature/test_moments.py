@@ -26,7 +26,7 @@ from palimpsest.curvature.blocks import Block
 from palimpsest.curvature.curvature import RetainCurvature, kfac_blocks
 from palimpsest.curvature.modules import matrices
 from palimpsest.curvature.moments import add_squares, collect_moments
-from palimpsest.curvature.workers import Workers
+from palimpsest.models.workers import Workers
 from palimpsest.data.batches import Encoded
 from palimpsest.models.language_model import LanguageModel
 

@@ -17,7 +17,7 @@ from palimpsest.curvature.modules import Matrix, matrices, shared_inputs
 from palimpsest.curvature.moments import collect_moments
 from palimpsest.curvature.plan import Kind, free_memory, memory_plan
 from palimpsest.curvature.summary import BlockSummary, summarise, too_few_tokens
-from palimpsest.curvature.workers import Workers
+from palimpsest.models.workers import Workers
 from palimpsest.data.batches import Encoded, encode
 from palimpsest.data.prompts import Template
 from palimpsest.data.records import QA, Record

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from palimpsest.curvature.modules import Matrix
 from palimpsest.curvature.taps import backward, tapped
-from palimpsest.curvature.workers import Workers
+from palimpsest.models.workers import Workers
 from palimpsest.data.batches import Encoded
 from palimpsest.errors import TrainingError
 from palimpsest.models.language_model import LanguageModel

@@ -13,7 +13,7 @@ from palimpsest.curvature.blocks import Block
 from palimpsest.curvature.factors import with_ones
 from palimpsest.curvature.modules import Matrix
 from palimpsest.curvature.taps import backward, carrying, tapped
-from palimpsest.curvature.workers import Workers
+from palimpsest.models.workers import Workers
 from palimpsest.data.batches import Encoded
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.progress import Ticker

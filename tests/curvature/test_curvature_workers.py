@@ -10,7 +10,7 @@ import torch
 from tests.curvature.dense_fisher import small_model, small_rows
 
 from palimpsest.curvature.curvature import RetainCurvature
-from palimpsest.curvature.workers import Workers
+from palimpsest.models.workers import Workers
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """

@@ -1,4 +1,4 @@
-"""Several processes that share one pass over the rows: each takes every n-th row, and sums are added once at the end.
+"""Several processes that share one pass over rows: each takes every n-th row, and sums are added once at the end.
 
 Under `torchrun` or `accelerate launch` the environment says who is who; otherwise there is one worker.
 """
