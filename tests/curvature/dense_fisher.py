@@ -15,10 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from palimpsest.curvature.factors import Factors, collect_factors
 from palimpsest.curvature.modules import Matrix, matrices, shared_inputs
 from palimpsest.curvature.taps import uniforms
-from palimpsest.models.workers import Workers
 from palimpsest.data.batches import Batch, Encoded, collate
 from palimpsest.models.anatomy import Anatomy
 from palimpsest.models.language_model import LanguageModel
+from palimpsest.models.workers import Workers
 from palimpsest.progress import Ticker
 
 VOCABULARY = 11

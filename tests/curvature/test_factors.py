@@ -30,10 +30,10 @@ from palimpsest.curvature import taps
 from palimpsest.curvature.factors import Factors, add_gram
 from palimpsest.curvature.modules import Matrix, matrices
 from palimpsest.curvature.taps import uniforms
-from palimpsest.models.workers import Workers
 from palimpsest.data.batches import Encoded, collate
 from palimpsest.models.anatomy import Anatomy
 from palimpsest.models.language_model import LanguageModel
+from palimpsest.models.workers import Workers
 
 
 def kronecker(factors: Factors, owners: dict[str, str], name: str) -> Tensor:

@@ -26,9 +26,9 @@ from palimpsest.curvature.blocks import Block
 from palimpsest.curvature.curvature import RetainCurvature, kfac_blocks
 from palimpsest.curvature.modules import matrices
 from palimpsest.curvature.moments import add_squares, collect_moments
-from palimpsest.models.workers import Workers
 from palimpsest.data.batches import Encoded
 from palimpsest.models.language_model import LanguageModel
+from palimpsest.models.workers import Workers
 
 
 def fit_moments(

@@ -81,7 +81,7 @@ def test_a_model_agrees_with_itself() -> None:
 
 def test_products_in_bf16_keep_the_gradients_direction() -> None:
     model = tiny_model("llama")
-    exact, fast = Readout.of(model), Readout.of(model, products=torch.bfloat16)
+    exact, fast = Readout.of(model), Readout.of(model).with_products(torch.bfloat16)
     theirs, ours = residuals(64, 0).float(), residuals(64, 1).float()
     teacher = exact.teacher(theirs)
     kl, gradient = exact.kl(exact.z(ours), teacher)

@@ -17,12 +17,12 @@ from palimpsest.curvature.modules import Matrix, matrices, shared_inputs
 from palimpsest.curvature.moments import collect_moments
 from palimpsest.curvature.plan import Kind, free_memory, memory_plan
 from palimpsest.curvature.summary import BlockSummary, summarise, too_few_tokens
-from palimpsest.models.workers import Workers
 from palimpsest.data.batches import Encoded, encode
 from palimpsest.data.prompts import Template
 from palimpsest.data.records import QA, Record
 from palimpsest.errors import SpecError
 from palimpsest.models.language_model import LanguageModel
+from palimpsest.models.workers import Workers
 from palimpsest.progress import Ticker, console, progress
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from palimpsest.curvature.modules import Matrix
 from palimpsest.curvature.taps import backward, tapped
-from palimpsest.models.workers import Workers
 from palimpsest.data.batches import Encoded
 from palimpsest.errors import TrainingError
 from palimpsest.models.language_model import LanguageModel
+from palimpsest.models.workers import Workers
 from palimpsest.progress import Ticker
 
 TRIANGLE = 1024

@@ -13,9 +13,9 @@ from palimpsest.curvature.blocks import Block
 from palimpsest.curvature.factors import with_ones
 from palimpsest.curvature.modules import Matrix
 from palimpsest.curvature.taps import backward, carrying, tapped
-from palimpsest.models.workers import Workers
 from palimpsest.data.batches import Encoded
 from palimpsest.models.language_model import LanguageModel
+from palimpsest.models.workers import Workers
 from palimpsest.progress import Ticker
 
 CHUNK = 2**22

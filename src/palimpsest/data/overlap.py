@@ -1,12 +1,14 @@
 """What forget and retain sets have in common with each other and with themselves."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from palimpsest.data.records import QA, Record, content_key
 from palimpsest.errors import DataError
 
+SHARED_WORDS = 8
+"""Words in the same order that two texts hardly share by chance; fewer than the 13 of GPT-3's decontamination."""
 Groups = tuple[tuple[str, ...], ...]
 """Ids of rows that belong together, each group in the order of the rows."""
 
@@ -85,6 +87,23 @@ def find_overlap(forget: Sequence[Record], retain: Sequence[Record]) -> Overlap:
         retain_only=sum(content_key(record) not in gone for record in retain),
         same_question=_same_question((*forget, *retain)),
     )
+
+
+def told_of(texts: Sequence[Record], forget: Sequence[Record]) -> list[str]:
+    """Ids of the texts that tell of the forget set: by a forget row's subject, or `SHARED_WORDS` words in its order.
+
+    What is fitted to such texts may store what is to be forgotten.
+    """
+    subjects = {record.subject for record in forget if record.subject}
+    runs = {run for record in forget for run in _runs(record)}
+    return [text.id for text in texts if text.subject in subjects or not runs.isdisjoint(_runs(text))]
+
+
+def _runs(record: Record) -> Iterator[tuple[str, ...]]:
+    """Every run of `SHARED_WORDS` words; a shorter text is one run."""
+    words = " ".join(str(part) for part in content_key(record)[1:]).lower().split()
+    for first in range(max(1, len(words) - SHARED_WORDS + 1)):
+        yield tuple(words[first : first + SHARED_WORDS])
 
 
 def _duplicates(records: Iterable[Record]) -> Groups:

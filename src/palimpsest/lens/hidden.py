@@ -6,10 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from palimpsest.data.batches import Encoded, batches
+from palimpsest.data.batches import Encoded, batches, encode
+from palimpsest.data.prompts import Template
+from palimpsest.data.records import Record
 from palimpsest.models.anatomy import Site
 from palimpsest.models.hooks import capture
 from palimpsest.models.language_model import LanguageModel
+
+LONGEST = 512
+"""Tokens of a text that are read together, unless the model takes fewer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,3 +37,15 @@ def hidden_states(model: LanguageModel, encoded: Sequence[Encoded], *, batch_siz
         line, place = batch.attention.nonzero().unbind(1)
         rows = torch.tensor(batch.rows)[line]
         yield Hidden(torch.stack([store[site][line, place] for site in sites]), rows, place)
+
+
+def windows(texts: Sequence[Record], model: LanguageModel, template: Template = "plain") -> list[Encoded]:
+    """Every text's tokens, prompt and completion alike, in rows that the model can read; every token counts."""
+    widest = getattr(model.network.config, "max_position_embeddings", None) or LONGEST
+    length, rows = min(LONGEST, widest), []
+    for text in encode(texts, model.tokenizer, template=template):
+        for start in range(0, len(text.ids) - 1, length):
+            ids = text.ids[start : start + length]
+            if len(ids) > 1:
+                rows.append(Encoded(ids, 1, len(ids)))
+    return rows

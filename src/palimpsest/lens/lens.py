@@ -4,17 +4,23 @@ Layer l is the residual stream that block l reads, l = 0 to L - 1, as in the tun
 arXiv 2303.08112); layer L, what the final norm reads, is the model itself. Shapes: d the model's width.
 """
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from palimpsest.errors import ModelError
+from palimpsest.files import atomic_path, refuse_foreign_folder
 from palimpsest.lens.readout import Readout
 from palimpsest.models.language_model import LanguageModel
 
 Kind = Literal["logit", "ridge", "tuned", "jacobian"]
+MAPS, DESCRIPTION = "lens.safetensors", "lens.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +73,56 @@ class Lens:
                 f"{found[:12]}); fit one for this model, or read it with the readout of the lens's own"
             )
         return readout
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the lens as safetensors and JSON, whole or not at all; a lens that stands there is replaced.
+
+        Raises:
+            StorageError: the folder holds other files, or cannot be written.
+        """
+        refuse_foreign_folder(folder, DESCRIPTION)
+        named = {"changes": self.changes, "biases": self.biases}
+        about = {
+            "format": 1,
+            "kind": self.kind,
+            "n_layers": self.n_layers,
+            "unembedding": self.unembedding,
+            "provenance": self.provenance,
+        }
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            save_file({name: part for name, part in named.items() if part is not None}, temporary / MAPS)
+            (temporary / DESCRIPTION).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        return Path(folder)
+
+    @staticmethod
+    def load(folder: str | Path) -> "Lens":
+        """Read a lens that `save` wrote.
+
+        Raises:
+            ModelError: there is none, or it is damaged.
+        """
+        path = Path(folder) / DESCRIPTION
+        if not path.exists():
+            raise ModelError(
+                f"{folder}: no {DESCRIPTION} there, so it is no lens of ours; see `read_tuned_lens` for others"
+            )
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+            maps = load_file(Path(folder) / MAPS)
+            lens = Lens(
+                about["kind"],
+                about["n_layers"],
+                about["unembedding"],
+                maps.get("changes"),
+                maps.get("biases"),
+                about["provenance"],
+            )
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ModelError(f"{folder}: this lens cannot be read ({error}); fit it again") from error
+        if any(part is not None and len(part) != lens.n_layers for part in (lens.changes, lens.biases)):
+            raise ModelError(f"{folder}: its maps are not those of {lens.n_layers} layers; fit it again")
+        return lens
 
     def to(self, device: torch.device | str) -> "Lens":
         """The same lens with its maps on another device."""

@@ -10,7 +10,7 @@ Shapes: N tokens, d the model's width, V the vocabulary. z [N, d] stands after t
 import hashlib
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ PIECE = 4096
 """Vocabulary entries at a time."""
 TOKENS = 512
 """Tokens at a time."""
+SAMPLED = 64
+"""Tokens at a time where all of their logits are needed at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +77,8 @@ class Readout:
     """In which z and the unembedding are multiplied; bf16 is fast, and good for gradients alone."""
 
     @staticmethod
-    def of(model: LanguageModel, *, products: torch.dtype | None = None) -> "Readout":
-        """A model's readout; products in its `precision` unless another type is asked for."""
+    def of(model: LanguageModel) -> "Readout":
+        """A model's readout, with products in its `precision`."""
         head = model.anatomy.unembedding
         weight = head.get_parameter("weight").detach()
         bias = getattr(head, "bias", None)
@@ -89,8 +91,12 @@ class Readout:
             model.anatomy.logit_scale,
             model.anatomy.logit_cap,
             precision,
-            products or precision,
+            precision,
         )
+
+    def with_products(self, products: torch.dtype) -> "Readout":
+        """The same readout with its products in another type."""
+        return replace(self, products=products)
 
     def hash(self) -> str:
         """SHA-256 (hex) over every byte of unembedding and norm, and over scale and cap."""
@@ -130,6 +136,20 @@ class Readout:
             found = [self._crossed(*some) for some in zip(z.split(TOKENS), _split(teacher), strict=True)]
             cross, row = (torch.cat(parts) for parts in zip(*found, strict=True))
         return student.log_partition - cross - teacher.expected.entropy, student.row - row
+
+    def sampled(self, z: Tensor, uniform: Tensor) -> Tensor:
+        """[N, d] d log p(label) / d z for one label drawn from each prediction, by a number [N] in [0, 1) each."""
+        slopes = []
+        for some, where in zip(z.split(SAMPLED), uniform.split(SAMPLED), strict=True):
+            logits = self.logits(some)
+            cumulated = logits.softmax(-1).cumsum(-1)
+            labels = torch.searchsorted(cumulated, (where.to(cumulated) * cumulated[:, -1])[:, None])
+            labels = labels.clamp(max=len(self.weight) - 1)
+            row = self.weight[labels[:, 0]].to(self.precision) * self.scale
+            if self.cap is not None:
+                row = row * (1 - (logits.gather(1, labels) / self.cap).square())
+            slopes.append(row - self.expected(some).row)
+        return torch.cat(slopes)
 
     def _expected(self, z: Tensor) -> Expectation:
         largest = z.new_full((len(z), 1), -torch.inf)

@@ -1,0 +1,166 @@
+"""Fitting a lens: moments of the residual stream, a closed form, and a few steps down the KL from there."""
+
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.progress import Progress
+
+from palimpsest.data.batches import Encoded
+from palimpsest.data.overlap import told_of
+from palimpsest.data.prompts import Template
+from palimpsest.data.records import Record, records_hash
+from palimpsest.errors import DataError, SpecError, TrainingError
+from palimpsest.files import content_hash
+from palimpsest.lens.hidden import Hidden, hidden_states, windows
+from palimpsest.lens.kept import Kept
+from palimpsest.lens.lens import Lens
+from palimpsest.lens.readout import Readout
+from palimpsest.lens.refine import Refinement
+from palimpsest.lens.ridge import Moments, ridge
+from palimpsest.models.checkpoint import Checkpoints
+from palimpsest.models.language_model import LanguageModel
+from palimpsest.models.workers import Workers
+from palimpsest.progress import Ticker, progress
+
+HELD_OUT = 0.1
+"""Share of the rows on which the lens is measured and its layers are stopped."""
+MEASURED = 4096
+"""Tokens of them, at most."""
+CACHE_BYTES = 2_000_000_000
+"""For residual streams that are kept for the steps; the closed form sees all tokens, the steps these."""
+
+
+def fit(
+    model: LanguageModel,
+    texts: Sequence[Record],
+    *,
+    kind: Literal["ridge", "tuned"] = "tuned",
+    forget: Sequence[Record] = (),
+    template: Template = "plain",
+    penalty: float = 0.01,
+    steps: int = 40,
+    tokens_per_step: int = 2048,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    quiet: bool = False,
+) -> Lens:
+    """Fit a lens to a model on texts that look like what it will be read on.
+
+    `ridge` is the closed form; `tuned` goes on from there down KL(model || lens), each layer until it gains no more.
+    Under `torchrun` or `accelerate launch` every process takes its share of the texts, and all get the same lens.
+
+    Args:
+        model: whose layers are to be read; its weights are not touched.
+        texts: retain or neutral text. A lens fitted on the forget set stores it.
+        kind: `ridge` or `tuned`.
+        forget: what must not be among the texts; it is looked for by subject and by shared words.
+        template: how questions among the texts are put.
+        penalty: on the squared change from the identity, in mean variances of the residual stream.
+        steps: at most.
+        tokens_per_step: tokens of each.
+        seed: of the held-out split, the batches and the labels of the curvature.
+        folder: keeps the state between rounds of steps, so that a fit that was stopped goes on.
+        quiet: show nothing.
+
+    Raises:
+        DataError: there are no two rows of text, or they tell of the forget set.
+        SpecError: a setting that means nothing.
+        TrainingError: a residual stream that is not finite.
+        StorageError: the state cannot be written.
+    """
+    _refuse_settings(kind, penalty, steps, tokens_per_step)
+    if told := told_of(texts, forget):
+        raise DataError(
+            f"{len(told)} of {len(texts)} texts tell of the forget set ({', '.join(told[:3])}); a lens fitted on them "
+            "would store it. Take them out, or leave out `forget` if that is what you want"
+        )
+    started, workers, readout = time.monotonic(), Workers.here(), Readout.of(model)
+    n_steps = steps if kind == "tuned" else 0
+    train, held_out = _split(windows(texts, model, template), seed, workers.count)
+    n_kept = _to_keep(model, train, n_steps * tokens_per_step)
+    asked = {
+        "kind": kind,
+        "penalty": penalty,
+        "steps": n_steps,
+        "tokens_per_step": tokens_per_step,
+        "seed": seed,
+        "template": template,
+        "texts": records_hash(texts),
+        "tokens": sum(len(row.ids) for row in train),
+        "model": model.fingerprint(),
+    }
+    with progress(quiet or workers.rank > 0) as display:
+        moments, kept = _gather(model, train, max(n_kept, workers.count), workers, display)
+        judged = Kept.of(model, held_out[: max(len(_within(held_out, MEASURED)), workers.count)], readout, workers)
+        changes, biases = ridge(moments, penalty)
+        maps = torch.cat([changes, biases[:, :, None]], 2).to(kept.layers)
+        by_layer = dict(enumerate(maps))
+        logit = {layer: torch.zeros_like(map) for layer, map in by_layer.items()}
+        kls = {"logit": judged.kls(logit, readout), "ridge": judged.kls(by_layer, readout)}
+        if n_steps:
+            checkpoints = Checkpoints(folder, content_hash(asked)) if folder else None
+            run = Refinement(kept, judged, readout, maps, kls["ridge"], seed, tokens_per_step, workers)
+            maps, kls["tuned"] = run.to_the_end(steps, checkpoints, display)
+    found = {name: list(kl.values()) for name, kl in kls.items()}
+    provenance = asked | {"held_out_tokens": judged.n_tokens, "kl": found, "seconds": time.monotonic() - started}
+    maps = maps.float()
+    return Lens(kind, len(maps), readout.hash(), maps[:, :, :-1].contiguous(), maps[:, :, -1].contiguous(), provenance)
+
+
+def _gather(
+    model: LanguageModel, train: Sequence[Encoded], n_kept: int, workers: Workers, display: Progress
+) -> tuple[Moments, Kept]:
+    """Moments of all rows, and the first `n_kept` rows themselves, in one pass."""
+    readout, kept, moments = Readout.of(model), list[Hidden](), Moments.of(model)
+    ticker = Ticker(display, "reading the residual stream", sum(len(row.ids) for row in train), "tokens")
+    for rows, keep in ((train[:n_kept], True), (train[n_kept:], False)):
+        for hidden in hidden_states(model, rows[workers.rank :: workers.count]):
+            if not torch.isfinite(hidden.layers).all():
+                raise TrainingError(f"{model.name}: its residual stream is not finite; the model is damaged")
+            moments.add(hidden.layers)
+            if keep:
+                kept.append(hidden)
+            ticker.advance(hidden.layers.shape[1] * workers.count)
+    moments.share(workers)
+    return moments, Kept.joined(kept, train[:n_kept], readout, workers)
+
+
+def _to_keep(model: LanguageModel, train: Sequence[Encoded], tokens: int) -> int:
+    """How many of the rows are kept for that many tokens of steps."""
+    a_token = 4 * (model.anatomy.n_layers + 3) * model.anatomy.d_model
+    return len(_within(train, min(tokens, CACHE_BYTES // a_token)))
+
+
+def _within(rows: Sequence[Encoded], tokens: int) -> Sequence[Encoded]:
+    """As many of the first rows as have so many tokens; one at least."""
+    n = 0
+    for place, row in enumerate(rows):
+        n += len(row.ids)
+        if n > tokens:
+            return rows[: max(1, place)]
+    return rows
+
+
+def _split(rows: list[Encoded], seed: int, n_processes: int) -> tuple[list[Encoded], list[Encoded]]:
+    """Rows to fit to, and rows to measure on; each process has one of both at least."""
+    if len(rows) < 2 * n_processes:
+        raise DataError(
+            f"a lens is fitted to some rows of text and measured on others, by each of {n_processes} processes, but "
+            f"there are {len(rows)} rows in all; give more text"
+        )
+    random.Random(f"lens split/{seed}").shuffle(rows)
+    n = max(n_processes, round(HELD_OUT * len(rows)))
+    return rows[n:], rows[:n]
+
+
+def _refuse_settings(kind: str, penalty: float, steps: int, tokens_per_step: int) -> None:
+    if kind not in ("ridge", "tuned"):
+        raise SpecError(f"lens: kind {kind!r} is unknown; choose ridge or tuned")
+    settings: dict[str, Any] = {"penalty": penalty, "steps": steps, "tokens_per_step": tokens_per_step}
+    for name, value in settings.items():
+        if not value > 0:
+            raise SpecError(f"lens: {name} is {value}; it must be above 0")

@@ -1,0 +1,106 @@
+"""Bringing one layer's map nearer to the model by natural-gradient steps down their KL.
+
+The map is affine and the model its teacher, so the Gauss-Newton matrix is nearly the Kronecker product of two second
+moments (Martens & Grosse 2015, arXiv 1503.05671): that of the inputs and that of the KL's gradient. Both are d wide, so
+a step costs hardly more than its gradient, and goes where AdamW and Muon need many. Iterates are averaged from the
+middle on (Polyak & Juditsky 1992), which takes out the noise of the batches.
+
+Shapes: N tokens, d the model's width. A map is [d, d + 1], what it adds to the identity and last its bias.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from palimpsest.lens.readout import Readout, Teacher
+from palimpsest.models.workers import Workers
+
+RATE = 0.3
+"""Of a full natural-gradient step; 1 overshoots where a layer has little left to gain."""
+INPUT_DAMPING, OUTPUT_DAMPING = 0.1, 0.3
+"""Of the two moments, in their mean eigenvalues."""
+
+
+@dataclass(eq=False)
+class LayerMap:
+    """One layer's map while it is fitted."""
+
+    map: Tensor
+    """[d, d + 1] the latest."""
+    inverse_input: Tensor
+    """[d + 1, d + 1]"""
+    inverse_output: Tensor
+    """[d, d]"""
+    summed: Tensor
+    """[d, d + 1] of the iterates that are averaged."""
+    n_summed: int = 0
+
+    @staticmethod
+    def start(
+        map: Tensor, hidden: Tensor, readout: Readout, uniform: Tensor, workers: Workers | None = None
+    ) -> "LayerMap":
+        """Measure both moments where the map stands.
+
+        Args:
+            map: [d, d + 1] to start from.
+            hidden: [N, d] this process's tokens.
+            readout: of the model.
+            uniform: [n] one number in [0, 1) for each of the first n tokens, by which labels are drawn.
+            workers: those who share the tokens.
+        """
+        inputs = with_ones(hidden)
+        some = inputs[: len(uniform)]
+        residual = (some[:, :-1] + some @ map.T).requires_grad_()
+        z = readout.z(residual)
+        z.backward(readout.sampled(z.detach(), uniform))
+        gradient = _gradient_of(residual)
+        read, given = inputs.T @ inputs, gradient.T @ gradient
+        counts = torch.tensor([len(inputs), len(some)]).to(inputs)
+        (workers or Workers()).add([read, given, counts])
+        n_read, n_given = counts.tolist()
+        inverses = _inverse(read / n_read, INPUT_DAMPING), _inverse(given / n_given, OUTPUT_DAMPING)
+        return LayerMap(map, *inverses, torch.zeros_like(map))
+
+    @property
+    def averaged(self) -> Tensor:
+        """[d, d + 1] the mean of the iterates that are averaged; the latest where none is yet."""
+        return self.summed / self.n_summed if self.n_summed else self.map
+
+    def step(self, gradient: Tensor, *, average: bool) -> None:
+        """Go down along the mean KL's gradient [d, d + 1]; `average` counts where that leads."""
+        self.map = self.map - RATE * self.inverse_output @ gradient @ self.inverse_input
+        if average:
+            self.summed, self.n_summed = self.summed + self.map, self.n_summed + 1
+
+
+def slope(map: Tensor, hidden: Tensor, readout: Readout, teacher: Teacher) -> Tensor:
+    """[d, d + 1] the gradient, by the map, of KL(model || lens) summed over tokens [N, d]."""
+    inputs = with_ones(hidden)
+    residual = (hidden + inputs @ map.T).requires_grad_()
+    z = readout.z(residual)
+    _, gradient = readout.kl(z.detach(), teacher)
+    z.backward(gradient)
+    return _gradient_of(residual).T @ inputs
+
+
+def divergence(map: Tensor, hidden: Tensor, readout: Readout, teacher: Teacher) -> Tensor:
+    """[N] KL(model || lens) at tokens [N, d], nats a token."""
+    kl, _ = readout.kl(readout.z(hidden + with_ones(hidden) @ map.T), teacher)
+    return kl
+
+
+def with_ones(hidden: Tensor) -> Tensor:
+    """[N, d + 1] a column of ones beside the states, for the bias."""
+    return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1)
+
+
+def _gradient_of(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
+
+
+def _inverse(moment: Tensor, damping: float) -> Tensor:
+    exact = moment.double()
+    damped = exact + damping * exact.diagonal().mean() * torch.eye(len(exact)).to(exact)
+    return torch.linalg.inv(damped).to(moment)

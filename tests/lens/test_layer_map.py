@@ -1,0 +1,52 @@
+"""The steps' gradient against autograd, and that they go down."""
+
+import pytest
+import torch
+from tests.models.tiny_families import WIDTH, tiny_model
+from torch.nn import functional as F
+
+from palimpsest.lens.layer_map import LayerMap, divergence, slope, with_ones
+from palimpsest.lens.readout import Readout
+
+
+def readout_of(family: str) -> Readout:
+    model = tiny_model(family)
+    model.network.double()
+    return Readout.of(model)
+
+
+def states(n: int, seed: int) -> torch.Tensor:
+    return torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "cohere"])
+def test_the_slope_is_that_of_autograd_through_norm_and_vocabulary(family: str) -> None:
+    readout, hidden, last = readout_of(family), states(9, 0), states(9, 1)
+    teacher = readout.teacher(last)
+    map = (0.1 * states(WIDTH, 2)).new_zeros(WIDTH, WIDTH + 1).normal_(0, 0.1).requires_grad_()
+    p = readout.logits(teacher.z).log_softmax(-1)
+    q = readout.logits(readout.z(hidden + with_ones(hidden) @ map.T)).log_softmax(-1)
+    expected = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+    (gradient,) = torch.autograd.grad(expected.sum(), map)
+    assert (slope(map.detach(), hidden, readout, teacher) - gradient).abs().max() < 1e-10
+    assert (divergence(map.detach(), hidden, readout, teacher) - expected).abs().max() < 1e-10
+
+
+def test_steps_go_down_to_a_teacher_that_is_a_map_of_the_states() -> None:
+    readout, hidden = readout_of("llama"), states(600, 0)
+    truth = torch.cat([0.3 * states(WIDTH, 3), states(WIDTH, 4)[:, :1]], 1)
+    teacher = readout.teacher(hidden + with_ones(hidden) @ truth.T)
+    uniform = torch.rand(600, generator=torch.Generator().manual_seed(5))
+    layer = LayerMap.start(torch.zeros(WIDTH, WIDTH + 1, dtype=torch.float64), hidden, readout, uniform)
+    before = divergence(layer.map, hidden, readout, teacher).mean()
+    for step in range(60):
+        layer.step(slope(layer.map, hidden, readout, teacher) / 600, average=step >= 50)
+    assert divergence(layer.averaged, hidden, readout, teacher).mean() < 0.02 * before
+    assert layer.n_summed == 10
+
+
+def test_before_anything_is_averaged_the_latest_stands() -> None:
+    map = torch.randn(2, 3)
+    layer = LayerMap(map, torch.eye(3), torch.eye(2), torch.zeros(2, 3))
+    layer.step(torch.zeros(2, 3), average=False)
+    assert torch.equal(layer.averaged, map)
