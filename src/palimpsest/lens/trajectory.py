@@ -1,0 +1,133 @@
+"""Prediction trajectories: what every layer believes at every token, without keeping anything of the vocabulary's size.
+
+Shapes: L layers and then the model itself, T tokens, k likeliest tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from palimpsest.data.batches import Encoded
+from palimpsest.lens.hidden import hidden_states
+from palimpsest.lens.lens import Lens
+from palimpsest.lens.readout import SAMPLED, Readout
+from palimpsest.models.language_model import LanguageModel
+
+STATISTICS = ("entropy", "kl", "js", "tv", "logprob", "rank")
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """One text's predictions, layer by layer; the last row of every table is the model's own.
+
+    A column is a token and the prediction that is made there, of the next.
+    """
+
+    ids: Tensor
+    """[T] the text."""
+    top_ids: Tensor
+    """[L + 1, T, k] likeliest next tokens, the likeliest first."""
+    top_logprobs: Tensor
+    """[L + 1, T, k]"""
+    statistics: Mapping[str, Tensor]
+    """[L + 1, T] by name. `entropy`; of the layer's prediction q and the model's p: `kl` (p || q), `js`, the
+    Jensen-Shannon divergence, at most ln 2, all in nats, and `tv`, total variation, at most 1. Of the token that
+    follows: `logprob`, and `rank` from 1; NaN and 0 in the last column, which nothing follows."""
+
+    @property
+    def predicted(self) -> Tensor:
+        """[L + 1, T] the likeliest token."""
+        return self.top_ids[..., 0]
+
+    @property
+    def depth(self) -> Tensor:
+        """[T] the first layer from which on the likeliest token stays what it is in the end (prediction depth)."""
+        return first_of_last_run(self.predicted == self.predicted[-1])
+
+    def differences(self, name: str) -> Tensor:
+        """[L, T] what each block changes in a statistic."""
+        return self.statistics[name][1:] - self.statistics[name][:-1]
+
+
+def trajectories(
+    lens: Lens, model: LanguageModel, rows: Sequence[Encoded], *, top_k: int = 5, batch_size: int = 16
+) -> list[Trajectory]:
+    """The trajectory of every row, in the rows' order; each row of at least one token.
+
+    Args:
+        lens: a lens for this model's readout.
+        model: whose layers are read. It need not be the one that the lens was fitted to: an unlearned model is read
+            with the original's lens as long as norm and unembedding are the same.
+        rows: the texts, as tokens.
+        top_k: how many likeliest tokens are kept.
+        batch_size: rows at a time; it changes nothing.
+
+    Raises:
+        ModelError: the lens was made for another readout.
+    """
+    readout, found = lens.readout(model), dict[int, Trajectory]()
+    lens, top_k = lens.to(model.device), min(top_k, len(readout.weight))
+    for hidden in hidden_states(model, rows, batch_size=batch_size):
+        for row in hidden.row.unique().tolist():
+            own = hidden.row == row
+            ids = torch.tensor(rows[row].ids)
+            found[row] = _read(lens, readout, hidden.layers[:, own], ids, top_k)
+    return [found[row] for row in range(len(rows))]
+
+
+def first_of_last_run(holds: Tensor) -> Tensor:
+    """[...] the first place along the first dimension from which on `holds` [L + 1, ...] is true to the end.
+
+    L + 1 where it is false at the end.
+    """
+    to_the_end = holds.flip(0).long().cumprod(0).sum(0)
+    return len(holds) - to_the_end
+
+
+@torch.no_grad()
+def _read(lens: Lens, readout: Readout, layers: Tensor, ids: Tensor, top_k: int) -> Trajectory:
+    """From the residual stream [L + 1, T, d] at every token."""
+    followed_by = torch.cat([ids[1:], ids.new_zeros(1)]).to(layers.device)
+    parts = []
+    for some in torch.arange(len(ids), device=layers.device).split(SAMPLED):
+        model = readout.logits(readout.z(layers[-1, some])).log_softmax(-1)
+        parts.append(
+            [
+                _compared(
+                    readout.logits(readout.z(lens.translate(states[some], layer))).log_softmax(-1),
+                    model,
+                    followed_by[some],
+                    top_k,
+                )
+                for layer, states in enumerate(layers)
+            ]
+        )
+    # Pieces of tokens, of layers, of tables: one table [L + 1, T, ...] each.
+    tables = [
+        torch.cat([torch.stack([layer[table] for layer in piece]) for piece in parts], 1).cpu()
+        for table in range(len(STATISTICS) + 2)
+    ]
+    statistics = dict(zip(STATISTICS, tables[2:], strict=True))
+    statistics["logprob"][:, -1], statistics["rank"][:, -1] = torch.nan, 0
+    return Trajectory(ids, tables[0], tables[1], statistics)
+
+
+def _compared(log_q: Tensor, log_p: Tensor, target: Tensor, top_k: int) -> tuple[Tensor, ...]:
+    """What is kept of predictions [n, V] beside the model's own."""
+    top = log_q.topk(top_k)
+    q, p = log_q.exp(), log_p.exp()
+    logprob = log_q.gather(1, target[:, None])
+    log_mean = torch.logaddexp(log_q, log_p) - torch.log(log_q.new_tensor(2.0))
+    js = ((q * (log_q - log_mean)).sum(-1) + (p * (log_p - log_mean)).sum(-1)) / 2
+    return (
+        top.indices,
+        top.values,
+        -(q * log_q).sum(-1),
+        (p * (log_p - log_q)).sum(-1),
+        js,
+        (q - p).abs().sum(-1) / 2,
+        logprob[:, 0],
+        (log_q > logprob).sum(-1) + 1,
+    )
