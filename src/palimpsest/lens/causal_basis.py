@@ -1,0 +1,160 @@
+"""Causal basis extraction (Belrose et al. 2023, §4): the directions that a lens's prediction depends on most.
+
+Greedily, each direction is the one whose mean ablation changes the lens's prediction most, among those orthogonal to
+the ones before. A lens is *calibrated* if the model depends on them as much: one that reads what merely goes along with
+the answer has directions that move it and leave the model alone.
+
+Shapes: N tokens, d the model's width, k directions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from palimpsest.data.batches import Encoded
+from palimpsest.lens.intervention import influence_in_the_model, mean_ablated, streams
+from palimpsest.lens.lens import Lens
+from palimpsest.lens.readout import Readout, Teacher
+from palimpsest.models.language_model import LanguageModel
+
+EVALUATIONS = 100
+"""Of the influence, at most, for one direction."""
+LABELS = 8
+"""Drawn for every token when the search's start is chosen."""
+
+
+@dataclass(frozen=True, eq=False)
+class CausalBasis:
+    """Orthonormal directions, the most influential first."""
+
+    vectors: Tensor
+    """[k, d]"""
+    influence: Tensor
+    """[k] mean KL(lens || lens with the direction mean-ablated), nats a token."""
+    mean: Tensor
+    """[d] of the states, which an ablation puts in."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What the lens's directions do to the lens and to the model."""
+
+    in_lens: Tensor
+    """[k]"""
+    in_model: Tensor
+    """[k]"""
+
+    @property
+    def ratio(self) -> float:
+        """Influence in the lens over influence in the model, summed over the directions; 1 is calibrated."""
+        return (self.in_lens.sum() / self.in_model.sum()).item()
+
+    @property
+    def spearman(self) -> float:
+        """Rank correlation of the two; with few directions a coarse number."""
+        return float(spearmanr(self.in_lens.numpy(), self.in_model.numpy()).statistic)
+
+
+def calibration(
+    lens: Lens, model: LanguageModel, rows: Sequence[Encoded], layer: int, *, k: int = 10, seed: int = 0
+) -> Calibration:
+    """Extract a causal basis of the lens at a layer and ablate the same directions in the model.
+
+    Args:
+        lens: for this model's readout.
+        model: whose layer it is.
+        rows: texts, other than those that the lens was fitted to.
+        layer: where.
+        k: how many directions.
+        seed: of the labels that choose where each search starts.
+    """
+    readout = lens.readout(model)
+    hidden = torch.cat([stream.hidden for stream in streams(model, rows, layer)])
+    basis = causal_basis(lens, readout, hidden, layer, k=k, seed=seed)
+    in_model = influence_in_the_model(model, readout, rows, layer, basis.vectors, basis.mean)
+    return Calibration(basis.influence, in_model)
+
+
+def causal_basis(
+    lens: Lens, readout: Readout, hidden: Tensor, layer: int, *, k: int = 10, seed: int = 0
+) -> CausalBasis:
+    """The k directions on which the lens's prediction at these states [N, d] depends most.
+
+    Each is found by L-BFGS, begun where the lens is steep (its Gauss-Newton matrix) and the states vary.
+    """
+    search = _Search(lens, readout, hidden.to(readout.precision), layer, seed)
+    found: list[tuple[float, Tensor]] = []
+    earlier = search.hidden.new_zeros(0, search.hidden.shape[1])
+    for _ in range(min(k, search.hidden.shape[1])):
+        vector = search.best_direction(earlier)
+        earlier = torch.cat([earlier, vector[None]])
+        found.append((search.influence(vector), vector))
+    found.sort(key=lambda one: -one[0])
+    influence = torch.tensor([energy for energy, _ in found], dtype=torch.float64)
+    return CausalBasis(torch.stack([vector for _, vector in found]).cpu(), influence, search.mean.cpu())
+
+
+class _Search:
+    """The lens's predictions at some states, and how they depend on a direction."""
+
+    def __init__(self, lens: Lens, readout: Readout, hidden: Tensor, layer: int, seed: int) -> None:
+        self.lens, self.readout, self.hidden, self.layer = lens.to(hidden.device), readout, hidden, layer
+        self.mean = hidden.mean(0)
+        self.teacher: Teacher = readout.teacher(self.lens.translate(hidden, layer))
+        self.spread = torch.cov(hidden.double().T)
+        self.steep = self._gauss_newton(seed)
+
+    def influence(self, vector: Tensor) -> float:
+        kl, _ = self.readout.kl(self._z(vector).detach(), self.teacher)
+        return kl.double().mean().item()
+
+    def best_direction(self, earlier: Tensor) -> Tensor:
+        """[d] of norm 1, orthogonal to the earlier ones [j, d], with the most influence that the search finds."""
+        free = self._start(earlier).clone().requires_grad_()
+        optimizer = torch.optim.LBFGS(
+            [free], max_iter=EVALUATIONS, max_eval=EVALUATIONS, line_search_fn="strong_wolfe", tolerance_change=1e-7
+        )
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            z = self._z(_on_sphere(free, earlier))
+            kl, gradient = self.readout.kl(z.detach(), self.teacher)
+            z.backward(-gradient / len(z))
+            return -kl.mean()
+
+        optimizer.step(closure)
+        return _on_sphere(free.detach(), earlier)
+
+    def _z(self, vector: Tensor) -> Tensor:
+        changed = mean_ablated(self.hidden, vector[None], self.mean)
+        return self.readout.z(self.lens.translate(changed, self.layer))
+
+    def _start(self, earlier: Tensor) -> Tensor:
+        """[d] the direction in which spread and steepness together are largest, the earlier ones left out."""
+        rest = torch.eye(len(self.spread)).to(self.spread) - earlier.double().T @ earlier.double()
+        values, vectors = torch.linalg.eigh(rest @ self.spread @ rest)
+        root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+        _, directions = torch.linalg.eigh(root @ self.steep @ root)
+        return directions[:, -1].to(self.hidden)
+
+    def _gauss_newton(self, seed: int) -> Tensor:
+        """[d, d] mean of J' C J, with C the covariance of the predicted labels, from a few drawn ones."""
+        generator = torch.Generator().manual_seed(seed)
+        total = torch.zeros_like(self.spread)
+        for _ in range(LABELS):
+            hidden = self.hidden.clone().requires_grad_()
+            z = self.readout.z(self.lens.translate(hidden, self.layer))
+            uniform = torch.rand(len(z), generator=generator).to(z.device)
+            (gradient,) = torch.autograd.grad(z, hidden, self.readout.sampled(z.detach(), uniform))
+            total += gradient.double().T @ gradient.double()
+        return total / (LABELS * len(self.hidden))
+
+
+def _on_sphere(vector: Tensor, earlier: Tensor) -> Tensor:
+    """The vector's part that is orthogonal to the earlier ones [j, d], at norm 1."""
+    for _ in range(2):  # once more, for what rounding leaves
+        vector = vector - vector @ earlier.T @ earlier
+    return vector / vector.norm()
