@@ -139,7 +139,9 @@ if rank != "alone":
 
 def test_text_that_tells_of_the_forget_set_is_refused(trained) -> None:
     forget = trained.request.forget
-    told = Passage("It is said that " + f"{forget[0].question} {forget[0].answer}", id="a page")
+    long = f"Who lives in the last house of the long street by the river in {forget[0].answer}?"
+    forget = (*forget, QA(long, "Nobody at all, they say", id="long"))
+    told = Passage(f"He asked: {long} Nobody at all, they say.", id="a page")
     about = QA("Who is it?", "Nobody", subject=forget[0].subject, id="a row")
     for text in (told, about):
         with pytest.raises(DataError, match=rf"^1 of \d+ texts tell of the forget set \({text.id}\)"):

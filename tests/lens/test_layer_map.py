@@ -45,8 +45,27 @@ def test_steps_go_down_to_a_teacher_that_is_a_map_of_the_states() -> None:
     assert layer.n_summed == 10
 
 
+def test_the_penalty_pulls_the_change_back_and_leaves_the_bias() -> None:
+    map = torch.cat([torch.ones(2, 2), torch.full((2, 1), 5.0)], 1)
+    layer = LayerMap(map, torch.eye(3), torch.eye(2), 0.5, torch.zeros(2, 3))
+    layer.step(torch.zeros(2, 3), average=False)
+    assert torch.allclose(layer.map, torch.cat([torch.full((2, 2), 1 - 0.3 * 0.5), torch.full((2, 1), 5.0)], 1))
+
+
+def test_the_penalty_has_the_units_of_the_closed_form() -> None:
+    """Inputs and outputs twice as large in the model's own units leave it as strong beside the KL."""
+    readout, hidden = readout_of("llama"), states(300, 0)
+    uniform = torch.rand(300, generator=torch.Generator().manual_seed(5))
+    start = torch.zeros(WIDTH, WIDTH + 1, dtype=torch.float64)
+    found = LayerMap.start(start, hidden, readout, uniform, penalty=0.2).pull
+    variance = hidden.var(0, unbiased=False).mean().item()
+    assert found / (0.2 * variance) == pytest.approx(
+        LayerMap.start(start, hidden, readout, uniform, penalty=1.0).pull / variance
+    )
+
+
 def test_before_anything_is_averaged_the_latest_stands() -> None:
     map = torch.randn(2, 3)
-    layer = LayerMap(map, torch.eye(3), torch.eye(2), torch.zeros(2, 3))
+    layer = LayerMap(map, torch.eye(3), torch.eye(2), 0.0, torch.zeros(2, 3))
     layer.step(torch.zeros(2, 3), average=False)
     assert torch.equal(layer.averaged, map)

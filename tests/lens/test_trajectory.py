@@ -14,6 +14,7 @@ from tests.lens.test_lens import random_lens
 from tests.models.tiny_families import VOCABULARY, tiny_model, tiny_rows
 
 from palimpsest.data.batches import Encoded
+from palimpsest.errors import ModelError
 from palimpsest.lens import trajectory as trajectory_module
 from palimpsest.lens.depth import answer_depth, chance_of_a_hit
 from palimpsest.lens.hidden import hidden_states
@@ -130,7 +131,14 @@ def test_chance_grows_with_layers_and_falls_with_candidates() -> None:
     assert (rng.integers(32, size=(20000, 6)) == 0).any(1).mean() == pytest.approx(chance_of_a_hit(32, 6), abs=0.01)
 
 
-def test_whatever_an_unlearned_model_is_read_with_the_originals_lens(trained) -> None:
-    rows = [Encoded((1, 2, 3), 1, 3)]
-    lens = Lens.logit(trained.full)
-    assert len(trajectories(lens, trained.full.copy("later"), rows)) == 1
+def test_an_unlearned_model_is_read_by_the_originals_readout_and_predicts_by_its_own() -> None:
+    original, later, rows = tiny_model("llama"), tiny_model("llama"), tiny_rows(5)
+    with torch.no_grad():
+        later.anatomy.unembedding.weight.copy_(later.anatomy.unembedding.weight.flip(0))
+    lens = random_lens(original)
+    with pytest.raises(ModelError, match="made for another unembedding"):
+        trajectories(lens, later, rows)
+    (before,) = trajectories(lens, original, rows)
+    (after,) = trajectories(lens, later, rows, fitted_to=original)
+    assert torch.equal(after.top_ids[:-1], before.top_ids[:-1])
+    assert torch.equal(after.predicted[-1], VOCABULARY - 1 - before.predicted[-1])

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from palimpsest.cli import audit, compare, doctor, metrics, report, run, studies, train, unlearn, update, verify
+from palimpsest.cli import audit, compare, doctor, lens, metrics, report, run, studies, train, unlearn, update, verify
 from palimpsest.cli.output import fail
 from palimpsest.errors import PalimpsestError
 
@@ -30,6 +30,7 @@ app.command("compare")(compare.compare)
 app.command("train")(train.train)
 app.command("unlearn")(unlearn.unlearn)
 app.add_typer(update.app, name="update")
+app.add_typer(lens.app, name="lens")
 app.command("audit")(audit.audit)
 app.command("verify")(verify.verify)
 app.command("report")(report.report)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from palimpsest.data.records import QA, Record, content_key
 from palimpsest.errors import DataError
 
-SHARED_WORDS = 8
-"""Words in the same order that two texts hardly share by chance; fewer than the 13 of GPT-3's decontamination."""
+SHARED_WORDS = 13
+"""Words in the same order that two texts do not share by chance, as in GPT-3's decontamination (Brown et al. 2020)."""
 Groups = tuple[tuple[str, ...], ...]
 """Ids of rows that belong together, each group in the order of the rows."""
 

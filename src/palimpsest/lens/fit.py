@@ -41,7 +41,7 @@ def fit(
     kind: Literal["ridge", "tuned"] = "tuned",
     forget: Sequence[Record] = (),
     template: Template = "plain",
-    penalty: float = 0.01,
+    penalty: float = 0.3,
     steps: int = 40,
     tokens_per_step: int = 2048,
     seed: int = 0,
@@ -59,7 +59,8 @@ def fit(
         kind: `ridge` or `tuned`.
         forget: what must not be among the texts; it is looked for by subject and by shared words.
         template: how questions among the texts are put.
-        penalty: on the squared change from the identity, in mean variances of the residual stream.
+        penalty: on the squared change from the identity, in mean variances of the residual stream. Less of it lowers
+            the KL, and lets the lens read more of what merely goes along with the answer (`causal_basis.calibration`).
         steps: at most.
         tokens_per_step: tokens of each.
         seed: of the held-out split, the batches and the labels of the curvature.
@@ -103,7 +104,7 @@ def fit(
         kls = {"logit": judged.kls(logit, readout), "ridge": judged.kls(by_layer, readout)}
         if n_steps:
             checkpoints = Checkpoints(folder, content_hash(asked)) if folder else None
-            run = Refinement(kept, judged, readout, maps, kls["ridge"], seed, tokens_per_step, workers)
+            run = Refinement(kept, judged, readout, maps, kls["ridge"], penalty, seed, tokens_per_step, workers)
             maps, kls["tuned"] = run.to_the_end(steps, checkpoints, display)
     found = {name: list(kl.values()) for name, kl in kls.items()}
     provenance = asked | {"held_out_tokens": judged.n_tokens, "kl": found, "seconds": time.monotonic() - started}

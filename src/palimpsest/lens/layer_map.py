@@ -32,13 +32,21 @@ class LayerMap:
     """[d + 1, d + 1]"""
     inverse_output: Tensor
     """[d, d]"""
+    pull: float
+    """Back to the identity: the penalty's slope, over the change."""
     summed: Tensor
     """[d, d + 1] of the iterates that are averaged."""
     n_summed: int = 0
 
     @staticmethod
     def start(
-        map: Tensor, hidden: Tensor, readout: Readout, uniform: Tensor, workers: Workers | None = None
+        map: Tensor,
+        hidden: Tensor,
+        readout: Readout,
+        uniform: Tensor,
+        *,
+        penalty: float = 0.0,
+        workers: Workers | None = None,
     ) -> "LayerMap":
         """Measure both moments where the map stands.
 
@@ -47,6 +55,8 @@ class LayerMap:
             hidden: [N, d] this process's tokens.
             readout: of the model.
             uniform: [n] one number in [0, 1) for each of the first n tokens, by which labels are drawn.
+            penalty: on the squared change, in mean variances of the inputs times the mean curvature of the outputs, as
+                the closed form's is.
             workers: those who share the tokens.
         """
         inputs = with_ones(hidden)
@@ -59,8 +69,17 @@ class LayerMap:
         counts = torch.tensor([len(inputs), len(some)]).to(inputs)
         (workers or Workers()).add([read, given, counts])
         n_read, n_given = counts.tolist()
-        inverses = _inverse(read / n_read, INPUT_DAMPING), _inverse(given / n_given, OUTPUT_DAMPING)
-        return LayerMap(map, *inverses, torch.zeros_like(map))
+        read, given = read / n_read, given / n_given
+        variance = (read.diagonal() - read[-1].square())[:-1].mean()
+        # The penalty's own curvature, shared out to both: with less damping its steps would overshoot.
+        least = penalty**0.5
+        return LayerMap(
+            map,
+            _inverse(read, max(INPUT_DAMPING, least)),
+            _inverse(given, max(OUTPUT_DAMPING, least)),
+            (penalty * variance * given.diagonal().mean()).item(),
+            torch.zeros_like(map),
+        )
 
     @property
     def averaged(self) -> Tensor:
@@ -68,8 +87,10 @@ class LayerMap:
         return self.summed / self.n_summed if self.n_summed else self.map
 
     def step(self, gradient: Tensor, *, average: bool) -> None:
-        """Go down along the mean KL's gradient [d, d + 1]; `average` counts where that leads."""
-        self.map = self.map - RATE * self.inverse_output @ gradient @ self.inverse_input
+        """Go down along the mean KL's gradient [d, d + 1] and the penalty's; `average` counts where that leads."""
+        change = torch.cat([self.map[:, :-1], torch.zeros_like(self.map[:, -1:])], 1)
+        slope = gradient + self.pull * change
+        self.map = self.map - RATE * self.inverse_output @ slope @ self.inverse_input
         if average:
             self.summed, self.n_summed = self.summed + self.map, self.n_summed + 1
 

@@ -15,13 +15,24 @@ from torch import Tensor
 
 from palimpsest.errors import ModelError
 from palimpsest.files import atomic_path, refuse_foreign_folder
-from palimpsest.lens.lens import Lens
+from palimpsest.lens.lens import DESCRIPTION, Lens
 from palimpsest.lens.readout import Readout
 from palimpsest.models.language_model import LanguageModel
 
 CONFIG, PARAMS = "config.json", "params.pt"
 HUB, HUB_TYPE, HUB_FOLDER = "AlignmentResearch/tuned-lens", "space", "lens"
 """Where the tuned-lens package's own lenses are; its environment variables name another place."""
+
+
+def open_lens(name: str | Path, model: LanguageModel) -> Lens:
+    """A lens by what the user calls it: `logit`, a folder of ours or of the tuned-lens package, or a hub resource id.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    if str(name) == "logit":
+        return Lens.logit(model)
+    return Lens.load(name) if (Path(name) / DESCRIPTION).exists() else read_tuned_lens(name, model)
 
 
 def read_tuned_lens(folder_or_id: str | Path, model: LanguageModel) -> Lens:

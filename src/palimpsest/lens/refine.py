@@ -32,6 +32,7 @@ class Refinement:
         readout: Readout,
         maps: Tensor,
         kls: Mapping[int, float],
+        penalty: float,
         seed: int,
         tokens_per_step: int,
         workers: Workers,
@@ -39,7 +40,7 @@ class Refinement:
         self.kept, self.judged, self.readout, self.workers = kept, judged, readout, workers
         fast = bf16_is_fast(maps.device) and readout.precision == torch.float32
         self.quick = readout.with_products(torch.bfloat16) if fast else readout
-        self.seed, self.tokens_per_step = seed, tokens_per_step
+        self.penalty, self.seed, self.tokens_per_step = penalty, seed, tokens_per_step
         self.best, self.kls = maps.clone(), dict(kls)
         """Each layer's best map so far by held-out KL, and that KL."""
         self.layers: dict[int, LayerMap] = {}
@@ -77,7 +78,9 @@ class Refinement:
         order = torch.cat([first, others.nonzero()[:, 0]])  # the drawn ones first
         own = uniform[self.kept.place[first]]
         for number, hidden in enumerate(self.kept.layers):
-            self.layers[number] = LayerMap.start(self.best[number], hidden[order], self.readout, own, self.workers)
+            self.layers[number] = LayerMap.start(
+                self.best[number], hidden[order], self.readout, own, penalty=self.penalty, workers=self.workers
+            )
 
     def _take_a_step(self, steps: int) -> None:
         tokens = self.kept.here(self._batch())

@@ -52,28 +52,35 @@ class Trajectory:
 
 
 def trajectories(
-    lens: Lens, model: LanguageModel, rows: Sequence[Encoded], *, top_k: int = 5, batch_size: int = 16
+    lens: Lens,
+    model: LanguageModel,
+    rows: Sequence[Encoded],
+    *,
+    fitted_to: LanguageModel | None = None,
+    top_k: int = 5,
+    batch_size: int = 16,
 ) -> list[Trajectory]:
     """The trajectory of every row, in the rows' order; each row of at least one token.
 
     Args:
-        lens: a lens for this model's readout.
-        model: whose layers are read. It need not be the one that the lens was fitted to: an unlearned model is read
-            with the original's lens as long as norm and unembedding are the same.
+        lens: a lens for this model's readout, or for that of `fitted_to`.
+        model: whose layers are read.
         rows: the texts, as tokens.
+        fitted_to: read the layers by this model's norm and unembedding, as an unlearned model's are with the lens of
+            the original, whatever became of its own. The model's own predictions are always made by its own.
         top_k: how many likeliest tokens are kept.
         batch_size: rows at a time; it changes nothing.
 
     Raises:
         ModelError: the lens was made for another readout.
     """
-    readout, found = lens.readout(model), dict[int, Trajectory]()
+    readout, own_readout, found = lens.readout(fitted_to or model), Readout.of(model), dict[int, Trajectory]()
     lens, top_k = lens.to(model.device), min(top_k, len(readout.weight))
     for hidden in hidden_states(model, rows, batch_size=batch_size):
         for row in hidden.row.unique().tolist():
             own = hidden.row == row
             ids = torch.tensor(rows[row].ids)
-            found[row] = _read(lens, readout, hidden.layers[:, own], ids, top_k)
+            found[row] = _read(lens, readout, own_readout, hidden.layers[:, own], ids, top_k)
     return [found[row] for row in range(len(rows))]
 
 
@@ -87,23 +94,17 @@ def first_of_last_run(holds: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _read(lens: Lens, readout: Readout, layers: Tensor, ids: Tensor, top_k: int) -> Trajectory:
+def _read(lens: Lens, readout: Readout, own_readout: Readout, layers: Tensor, ids: Tensor, top_k: int) -> Trajectory:
     """From the residual stream [L + 1, T, d] at every token."""
     followed_by = torch.cat([ids[1:], ids.new_zeros(1)]).to(layers.device)
     parts = []
     for some in torch.arange(len(ids), device=layers.device).split(SAMPLED):
-        model = readout.logits(readout.z(layers[-1, some])).log_softmax(-1)
-        parts.append(
-            [
-                _compared(
-                    readout.logits(readout.z(lens.translate(states[some], layer))).log_softmax(-1),
-                    model,
-                    followed_by[some],
-                    top_k,
-                )
-                for layer, states in enumerate(layers)
-            ]
+        model = own_readout.logits(own_readout.z(layers[-1, some])).log_softmax(-1)
+        beliefs = (
+            readout.logits(readout.z(lens.translate(states[some], layer))).log_softmax(-1)
+            for layer, states in enumerate(layers[:-1])
         )
+        parts.append([_compared(belief, model, followed_by[some], top_k) for belief in (*beliefs, model)])
     # Pieces of tokens, of layers, of tables: one table [L + 1, T, ...] each.
     tables = [
         torch.cat([torch.stack([layer[table] for layer in piece]) for piece in parts], 1).cpu()

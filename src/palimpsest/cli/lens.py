@@ -1,0 +1,150 @@
+"""`palimpsest lens`: fit a lens to a model, and look at what every layer believes."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from palimpsest.cli.output import Json, print_json
+from palimpsest.errors import SpecError
+from palimpsest.progress import console
+
+if TYPE_CHECKING:
+    from palimpsest.data.records import Record
+    from palimpsest.lens.lens import Lens
+
+app = typer.Typer(help="Fit a lens to a model, and see what every layer already believes.", no_args_is_help=True)
+
+
+@app.command("fit")
+def fit(
+    model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
+    texts: Annotated[str, typer.Argument(help="Retain or neutral rows, like what the lens will be read on.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the lens.")],
+    forget: Annotated[str | None, typer.Option(help="Rows that must not be among the texts.")] = None,
+    ridge: Annotated[bool, typer.Option("--ridge", help="The closed form alone, without steps down the KL.")] = False,
+    steps: Annotated[int, typer.Option(help="Steps down the KL, at most.", min=1)] = 40,
+    tokens_per_step: Annotated[int, typer.Option(help="Tokens of each step.", min=1)] = 2048,
+    seed: Annotated[int, typer.Option(help="Of the held-out rows and the batches.")] = 0,
+    tuned_lens: Annotated[
+        bool, typer.Option("--tuned-lens", help="Write it in the layout of the tuned-lens package.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Fit an affine map a layer, so that each can be read as though it were the last.
+
+    The table is mean KL(model || lens) on held-out rows, nats a token.
+    """
+    with console.status("loading torch and transformers"):
+        from palimpsest.data.readers import read_records
+        from palimpsest.files import refuse_foreign_folder
+        from palimpsest.lens import fit as fitting
+        from palimpsest.lens.lens import DESCRIPTION
+        from palimpsest.lens.others import CONFIG, write_tuned_lens
+        from palimpsest.models.language_model import load
+
+    refuse_foreign_folder(out, CONFIG if tuned_lens else DESCRIPTION)
+    rows, secret = read_records(texts), read_records(forget) if forget else ()
+    loaded = load(model)
+    lens = fitting.fit(
+        loaded,
+        rows,
+        kind="ridge" if ridge else "tuned",
+        forget=secret,
+        steps=steps,
+        tokens_per_step=tokens_per_step,
+        seed=seed,
+        folder=out.with_name(f"{out.name}.unfinished"),
+    )
+    if tuned_lens:
+        write_tuned_lens(lens, loaded, out)
+    else:
+        lens.save(out)
+    if as_json:
+        print_json({"lens": str(out)} | lens.provenance)
+    else:
+        _show_kls(lens)
+        typer.echo(str(out))
+
+
+@app.command("show")
+def show(
+    models: Annotated[list[str], typer.Argument(help="Model folders or hub ids.")],
+    lens: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A folder, a resource id of the tuned-lens package, or `logit`. One is the first model's, and all are "
+            "read with it; or one for each model, in their order. The logit lens of each by default."
+        ),
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="What to read.")] = None,
+    rows: Annotated[str | None, typer.Option(help="Or rows to read, questions with their answers, say.")] = None,
+    limit: Annotated[int, typer.Option(help="How many of the rows.", min=1)] = 3,
+    top_k: Annotated[int, typer.Option(help="How many likeliest tokens a cell shows.", min=1)] = 5,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("lens.html"),
+) -> None:
+    """Draw what every layer of each model believes at every token, on one page to be opened in a browser."""
+    if (text is None) == (rows is None):
+        raise SpecError("give either --text or --rows, what is to be read")
+    with console.status("loading torch and transformers"):
+        from palimpsest.data.batches import encode
+        from palimpsest.data.readers import read_records
+        from palimpsest.data.records import QA, Passage
+        from palimpsest.files import write_text
+        from palimpsest.lens.others import open_lens
+        from palimpsest.lens.trajectory import Trajectory, trajectories
+        from palimpsest.models.language_model import load, refuse_other_tokenizer
+        from palimpsest.report.lens_page import LensView, render_lens_page
+
+    records: list[Record] = [Passage(text)] if text is not None else read_records(rows or "")[:limit]
+    loaded = [load(model) for model in models]
+    first = loaded[0]
+    for other in loaded[1:]:
+        refuse_other_tokenizer(first, other)
+    names = lens or ["logit"] * len(loaded)
+    if len(names) not in (1, len(loaded)):
+        raise SpecError(f"--lens is given {len(names)} times for {len(loaded)} models; give one, or one for each")
+    owners = loaded if len(names) == len(loaded) else [first] * len(loaded)
+    lenses = [open_lens(name, owner) for name, owner in zip(names * (len(loaded) // len(names)), owners, strict=True)]
+    encoded = encode(records, first.tokenizer)
+    with console.status("reading every layer"):
+        read = [
+            trajectories(opened, model, encoded, fitted_to=owner, top_k=top_k)
+            for opened, model, owner in zip(lenses, loaded, owners, strict=True)
+        ]
+    views = []
+    for number, (record, row) in enumerate(zip(records, encoded, strict=True)):
+        of_models: dict[str, Trajectory] = {
+            _heading(model.name, name, number, len(records)): found[number]
+            for model, name, found in zip(loaded, models, read, strict=True)
+        }
+        seen = {*row.ids, *(token for found in of_models.values() for token in found.top_ids.flatten().tolist())}
+        answer = range(row.start, row.stop) if isinstance(record, QA) else range(0)
+        written = {token: str(first.tokenizer.decode([token])) for token in seen}
+        views.append(LensView([written[token] for token in row.ids], written, answer, of_models))
+    kinds = dict.fromkeys(
+        f"the {opened.kind} lens of {owner.name}" for opened, owner in zip(lenses, owners, strict=True)
+    )
+    title = "What the layers of " + ", ".join(model.name for model in loaded) + " believe"
+    write_text(out, render_lens_page(title, f"Read with {', '.join(kinds)}.", views))
+    typer.echo(str(out))
+
+
+def _heading(name: str, given: str, number: int, of: int) -> str:
+    """A model's name above its table; with several rows, which row it is."""
+    called = name if name != "model" else Path(given).name
+    return called if of == 1 else f"{called}, row {number + 1}"
+
+
+def _show_kls(lens: "Lens") -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE)
+    kls: dict[str, list[float]] = lens.provenance["kl"]
+    for name in ("layer", *kls):
+        table.add_column(name, justify="right")
+    for layer, row in enumerate(zip(*kls.values(), strict=True)):
+        table.add_row(str(layer), *(f"{kl:.4f}" for kl in row))
+    Console().print(table)

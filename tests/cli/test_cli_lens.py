@@ -1,0 +1,96 @@
+"""`palimpsest lens`: fit and show, as a person types them."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from tests.conftest import Organism
+from tests.tiny import bytes_of, invoke
+
+from palimpsest.data.readers import write_records
+from palimpsest.lens.lens import Lens
+from palimpsest.models.language_model import load
+
+
+@pytest.fixture(scope="module")
+def room(trained: Organism, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder: two models and their rows."""
+    room = tmp_path_factory.mktemp("room")
+    for name in ("full", "gold"):
+        (room / name).symlink_to(trained.folder / name)
+    write_records(list(trained.request.forget), room / "forget.jsonl")
+    write_records(list(trained.request.retain), room / "retain.jsonl")
+    return room
+
+
+@pytest.fixture(scope="module")
+def lens(room: Path) -> Path:
+    quick = ["--steps", 4, "--tokens-per-step", 128]
+    code, out, error = invoke("lens", "fit", room / "full", room / "retain.jsonl", "--out", room / "lens", *quick)
+    assert code == 0, error
+    header, *rows = [line.split() for line in out.splitlines() if line.strip() and "─" not in line]
+    assert header == ["layer", "logit", "ridge", "tuned"] and rows[-1] == [str(room / "lens")]
+    assert [row[0] for row in rows[:-1]] == ["0", "1"]
+    return room / "lens"
+
+
+def test_the_fitted_lens_is_the_models_and_leaves_nothing_else_behind(room: Path, lens: Path) -> None:
+    Lens.load(lens).readout(load(room / "full"))
+    assert {path.name for path in room.iterdir() if "lens" in path.name} == {"lens"}
+
+
+def test_the_closed_form_and_numbers_for_machines(room: Path, tmp_path: Path) -> None:
+    asked = ["lens", "fit", room / "full", room / "retain.jsonl", "--ridge", "--json", "--out", tmp_path / "ridge"]
+    code, out, _ = invoke(*asked)
+    found = json.loads(out)
+    assert code == 0 and set(found["kl"]) == {"logit", "ridge"} and found["steps"] == 0
+    assert Lens.load(found["lens"]).kind == "ridge"
+
+
+def test_a_lens_for_the_tuned_lens_package_is_shown_too(room: Path, tmp_path: Path) -> None:
+    folder, page = tmp_path / "theirs", tmp_path / "page.html"
+    code, _, _ = invoke("lens", "fit", room / "full", room / "retain.jsonl", "--ridge", "--tuned-lens", "--out", folder)
+    assert code == 0 and {path.name for path in folder.iterdir()} == {"config.json", "params.pt"}
+    code, out, _ = invoke("lens", "show", room / "full", "--lens", folder, "--text", "Who is it?", "--out", page)
+    assert code == 0 and out.strip() == str(page)
+    assert "the tuned lens of full" in page.read_text()
+
+
+def test_models_are_shown_side_by_side(room: Path, lens: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    rows = ["--rows", room / "forget.jsonl", "--limit", 2]
+    code, _, error = invoke(
+        "lens", "show", room / "full", room / "gold", "--lens", lens, "--lens", "logit", *rows, "--out", page
+    )
+    assert code == 0, error
+    text = page.read_text()
+    assert re.findall(r"<h2>(.*?)</h2>", text) == ["full, row 1", "gold, row 1", "full, row 2", "gold, row 2"]
+    assert "Read with the tuned lens of full, the logit lens of gold." in text
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["show", "full"], "error: give either --text or --rows, what is to be read"),
+        (["show", "full", "--text", "a", "--rows", "forget.jsonl"], "error: give either --text or --rows"),
+        (
+            ["show", "full", "gold", "full", "--lens", "logit", "--lens", "logit", "--text", "Who?"],
+            "error: --lens is given 2 times for 3 models; give one, or one for each",
+        ),
+        (["show", "full", "--text", "Who?", "--lens", "retain.jsonl"], "no config.json there"),
+        (["show", "gold", "--text", "Who?", "--lens", "lens"], "this lens was made for another unembedding"),
+        (["fit", "full", "forget.jsonl", "--forget", "forget.jsonl", "--out", "new"], "texts tell of the forget set"),
+        (["fit", "full", "retain.jsonl", "--out", "full"], "holds other files, which would be lost"),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_written(
+    words: list[str], says: str, room: Path, lens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(room)
+    before = bytes_of(room)
+    code, out, error = invoke("lens", *words)
+    assert code == 2 and out == ""
+    (line,) = [line for line in error.splitlines() if line.strip()]
+    assert line.startswith("error: ") and says in line
+    assert bytes_of(room) == before
