@@ -94,3 +94,25 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     (line,) = [line for line in error.splitlines() if line.strip()]
     assert line.startswith("error: ") and says in line
     assert bytes_of(room) == before
+
+
+def test_a_report_card_stands_beside_the_logit_lens(room: Path, lens: Path) -> None:
+    asked = ["lens", "eval", room / "full", room / "forget.jsonl", "--lens", lens, "--causal", 3, "--directions", 3]
+    code, out, error = invoke(*asked)
+    assert code == 0, error
+    assert out.index("logit") < out.index(str(lens)) and out.count("model") >= 2
+    code, out, _ = invoke(*asked, "--json")
+    cards = json.loads(out)
+    assert list(cards) == ["logit", str(lens)] and [card["layer"] for card in cards["logit"]] == [0, 1, 2]
+    ours, plain = (sum(card["kl"]["value"] for card in cards[name]) for name in (str(lens), "logit"))
+    assert ours < plain
+    for card in cards["logit"][:-1]:
+        assert card["calibration"]["low"] <= card["calibration"]["ratio"] <= card["calibration"]["high"]
+
+
+def test_a_lens_is_tried_on_another_model(room: Path, lens: Path) -> None:
+    code, out, error = invoke(
+        "lens", "eval", room / "gold", room / "forget.jsonl", "--lens", lens, "--fitted-to", room / "full", "--json"
+    )
+    assert code == 0, error
+    assert all(card["calibration"] is None for cards in json.loads(out).values() for card in cards)

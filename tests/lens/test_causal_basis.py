@@ -70,18 +70,19 @@ def test_the_first_direction_is_the_best_of_all_on_the_sphere() -> None:
     tried = tried / tried.norm(dim=1, keepdim=True)
     logits, mean = readout.logits(hidden), hidden.mean(0)
     energies = [kl_by_hand(logits, readout.logits(mean_ablated(hidden, v[None], mean))) for v in tried]
-    assert basis.influence[0] >= max(energies) - 1e-9
+    influence = basis.influence.mean(1)
+    assert influence[0] >= max(energies) - 1e-9
     assert np.allclose(basis.vectors @ basis.vectors.T, np.eye(3), atol=1e-9)
-    assert (basis.influence.diff() <= 0).all()
+    assert (influence.diff() <= 0).all()
     by_hand = [kl_by_hand(logits, readout.logits(mean_ablated(hidden, v[None], mean))) for v in basis.vectors]
-    assert np.allclose(basis.influence, by_hand, atol=1e-9)
+    assert np.allclose(influence, by_hand, atol=1e-9)
 
 
 def test_directions_do_not_depend_on_where_labels_fell() -> None:
     readout, hidden = small_readout(), small_states()
     lens = Lens("logit", 2, readout.hash())
     one, other = (causal_basis(lens, readout, hidden, 0, k=2, seed=seed).influence for seed in (0, 1))
-    assert torch.allclose(one, other, rtol=1e-3)
+    assert torch.allclose(one.mean(1), other.mean(1), rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma2"])
@@ -108,7 +109,7 @@ def test_a_stream_that_is_not_changed_ends_as_it_did_and_one_that_is_follows_the
 def test_influence_in_the_model_by_hand() -> None:
     model, rows, layer = tiny_model("llama"), tiny_rows(6, 6), 1
     vectors, mean = orthonormal(2, 16).float(), torch.randn(16)
-    found = influence_in_the_model(model, Readout.of(model), rows, layer, vectors, mean)
+    found = influence_in_the_model(model, Readout.of(model), rows, layer, vectors, mean).mean(1)
     batch = tiny_batch(6, 6)
     with torch.no_grad():
         before = model.network(**forward_inputs(model.network, batch)).logits.flatten(0, 1)
@@ -122,8 +123,21 @@ def test_influence_in_the_model_by_hand() -> None:
 
 
 def test_calibration_is_summed_influence_and_rank() -> None:
-    found = Calibration(torch.tensor([4.0, 2.0, 1.0]), torch.tensor([1.0, 2.0, 0.5]))
+    in_lens, in_model = torch.tensor([[4.0], [2.0], [1.0]]), torch.tensor([[1.0], [2.0], [0.5]])
+    found = Calibration(in_lens.double(), in_model.double(), torch.tensor([0]))
     assert found.ratio == pytest.approx(2.0) and found.spearman == pytest.approx(0.5)
+
+
+def test_the_interval_of_a_ratio_resamples_texts() -> None:
+    """Tokens of one text that are all alike count as one; a ratio that is the same in every text has no width."""
+    generator = torch.Generator().manual_seed(0)
+    in_model, row = torch.rand(2, 40, generator=generator, dtype=torch.float64), torch.arange(8).repeat_interleave(5)
+    assert Calibration(3 * in_model, in_model, row).interval() == pytest.approx((3, 3))
+    noise = torch.rand(8, generator=generator, dtype=torch.float64)[row]
+    low, high = Calibration(in_model * noise, in_model, row).interval()
+    assert low < Calibration(in_model * noise, in_model, row).ratio < high
+    parted = Calibration(in_model * noise, in_model, torch.arange(40)).interval()
+    assert high - low > parted[1] - parted[0]
 
 
 # Stimulus and response.

@@ -1,7 +1,8 @@
 """`palimpsest lens`: fit a lens to a model, and look at what every layer believes."""
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,7 +12,12 @@ from palimpsest.progress import console
 
 if TYPE_CHECKING:
     from palimpsest.data.records import Record
+    from palimpsest.lens.card import LayerCard
     from palimpsest.lens.lens import Lens
+
+COLUMNS = {"kl": "KL", "cross_entropy": "cross-entropy", "entropy": "entropy", "agreement": "top-1", "bias": "bias"}
+"""What a layer's card has, with headings."""
+WIDTH_OF_TABLE = 150
 
 app = typer.Typer(help="Fit a lens to a model, and see what every layer already believes.", no_args_is_help=True)
 
@@ -65,6 +71,52 @@ def fit(
     else:
         _show_kls(lens)
         typer.echo(str(out))
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
+    texts: Annotated[str, typer.Argument(help="Rows, other than those that the lens was fitted to.")],
+    lens: Annotated[
+        list[str] | None,
+        typer.Option(help="A folder or resource id; several may be given. Always beside the logit lens."),
+    ] = None,
+    fitted_to: Annotated[str | None, typer.Option(help="The model that the lenses were fitted to, if another.")] = None,
+    causal: Annotated[
+        int, typer.Option(help="Rows for the causal calibration, which takes most of the time; 0 leaves it out.", min=0)
+    ] = 8,
+    directions: Annotated[int, typer.Option(help="Of the causal basis.", min=2)] = 10,
+    seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """The report card of a lens, layer by layer: is it near to the model, and does it read what the model uses?"""
+    with console.status("loading torch and transformers"):
+        from palimpsest.data.readers import read_records
+        from palimpsest.lens.card import report_card
+        from palimpsest.lens.hidden import windows
+        from palimpsest.lens.others import open_lens
+        from palimpsest.models.language_model import load
+
+    records, loaded = read_records(texts), load(model)
+    owner = load(fitted_to) if fitted_to else loaded
+    rows = windows(records, loaded)
+    cards = {}
+    for name in ("logit", *(lens or ())):
+        with console.status(f"examining {name}"):
+            cards[name] = report_card(
+                open_lens(name, owner),
+                loaded,
+                rows,
+                fitted_to=owner,
+                causal=() if fitted_to else rows[:causal],
+                directions=directions,
+                seed=seed,
+            )
+    if as_json:
+        print_json({name: [_plain(layer) for layer in found] for name, found in cards.items()})
+    else:
+        for name, found in cards.items():
+            _show_card(name, found)
 
 
 @app.command("show")
@@ -128,6 +180,38 @@ def show(
     title = "What the layers of " + ", ".join(model.name for model in loaded) + " believe"
     write_text(out, render_lens_page(title, f"Read with {', '.join(kinds)}.", views))
     typer.echo(str(out))
+
+
+def _plain(card: "LayerCard") -> dict[str, Any]:
+    """A layer's card as JSON data."""
+    scores = {name: asdict(getattr(card, name)) for name in COLUMNS}
+    found = card.calibration
+    if found is None:
+        return {"layer": card.layer, **scores, "calibration": None}
+    low, high = found.interval()
+    calibration = {"ratio": found.ratio, "low": low, "high": high, "spearman": found.spearman}
+    return {"layer": card.layer, **scores, "calibration": calibration}
+
+
+def _show_card(name: str, cards: "list[LayerCard]") -> None:
+    """A table of one lens on standard output; the last row is the model."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=name, title_justify="left", box=SIMPLE)
+    for column in ("layer", *COLUMNS.values(), "lens/model influence", "rank corr."):
+        table.add_column(column, justify="right", no_wrap=True)
+    for card in cards:
+        scores = [getattr(card, column) for column in COLUMNS]
+        cells = [f"{score.value:.3f} ({score.low:.3f}-{score.high:.3f})" for score in scores]
+        if card.calibration:
+            low, high = card.calibration.interval()
+            cells += [f"{card.calibration.ratio:.2f} ({low:.2f}-{high:.2f})", f"{card.calibration.spearman:.2f}"]
+        else:
+            cells += ["", ""]
+        table.add_row("model" if card.layer == len(cards) - 1 else str(card.layer), *cells)
+    Console(width=WIDTH_OF_TABLE).print(table)
 
 
 def _heading(name: str, given: str, number: int, of: int) -> str:

@@ -10,6 +10,7 @@ Shapes: N tokens, d the model's width, k directions.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -33,7 +34,7 @@ class CausalBasis:
     vectors: Tensor
     """[k, d]"""
     influence: Tensor
-    """[k] mean KL(lens || lens with the direction mean-ablated), nats a token."""
+    """[k, N] KL(lens || lens with the direction mean-ablated) at every token, nats."""
     mean: Tensor
     """[d] of the states, which an ablation puts in."""
 
@@ -43,9 +44,11 @@ class Calibration:
     """What the lens's directions do to the lens and to the model."""
 
     in_lens: Tensor
-    """[k]"""
+    """[k, N] at every token."""
     in_model: Tensor
-    """[k]"""
+    """[k, N]"""
+    row: Tensor
+    """[N] the text each token stands in."""
 
     @property
     def ratio(self) -> float:
@@ -54,8 +57,17 @@ class Calibration:
 
     @property
     def spearman(self) -> float:
-        """Rank correlation of the two; with few directions a coarse number."""
-        return float(spearmanr(self.in_lens.numpy(), self.in_model.numpy()).statistic)
+        """Rank correlation of the directions' mean influences; with few directions a coarse number."""
+        return float(spearmanr(self.in_lens.mean(1).numpy(), self.in_model.mean(1).numpy()).statistic)
+
+    def interval(self, *, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
+        """95 % bootstrap interval of the ratio over texts; the directions stay those that were found."""
+        _, row = self.row.unique(return_inverse=True)
+        sums = np.stack([np.bincount(row, weights=part.sum(0).numpy()) for part in (self.in_lens, self.in_model)])
+        drawn = np.random.default_rng(seed).integers(sums.shape[1], size=(resamples, sums.shape[1]))
+        in_lens, in_model = sums[:, drawn].sum(2)
+        low, high = np.percentile(in_lens / in_model, [2.5, 97.5])
+        return float(low), float(high)
 
 
 def calibration(
@@ -72,10 +84,11 @@ def calibration(
         seed: of the labels that choose where each search starts.
     """
     readout = lens.readout(model)
-    hidden = torch.cat([stream.hidden for stream in streams(model, rows, layer)])
+    read = [(stream.hidden, stream.row) for stream in streams(model, rows, layer)]
+    hidden, row = (torch.cat(parts) for parts in zip(*read, strict=True))
     basis = causal_basis(lens, readout, hidden, layer, k=k, seed=seed)
     in_model = influence_in_the_model(model, readout, rows, layer, basis.vectors, basis.mean)
-    return Calibration(basis.influence, in_model)
+    return Calibration(basis.influence, in_model, row)
 
 
 def causal_basis(
@@ -86,15 +99,12 @@ def causal_basis(
     Each is found by L-BFGS, begun where the lens is steep (its Gauss-Newton matrix) and the states vary.
     """
     search = _Search(lens, readout, hidden.to(readout.precision), layer, seed)
-    found: list[tuple[float, Tensor]] = []
-    earlier = search.hidden.new_zeros(0, search.hidden.shape[1])
+    vectors = search.hidden.new_zeros(0, search.hidden.shape[1])
     for _ in range(min(k, search.hidden.shape[1])):
-        vector = search.best_direction(earlier)
-        earlier = torch.cat([earlier, vector[None]])
-        found.append((search.influence(vector), vector))
-    found.sort(key=lambda one: -one[0])
-    influence = torch.tensor([energy for energy, _ in found], dtype=torch.float64)
-    return CausalBasis(torch.stack([vector for _, vector in found]).cpu(), influence, search.mean.cpu())
+        vectors = torch.cat([vectors, search.best_direction(vectors)[None]])
+    influence = torch.stack([search.influence(vector) for vector in vectors]).double().cpu()
+    order = influence.mean(1).argsort(descending=True)
+    return CausalBasis(vectors.cpu()[order], influence[order], search.mean.cpu())
 
 
 class _Search:
@@ -107,9 +117,10 @@ class _Search:
         self.spread = torch.cov(hidden.double().T)
         self.steep = self._gauss_newton(seed)
 
-    def influence(self, vector: Tensor) -> float:
+    def influence(self, vector: Tensor) -> Tensor:
+        """[N] of one direction at every token."""
         kl, _ = self.readout.kl(self._z(vector).detach(), self.teacher)
-        return kl.double().mean().item()
+        return kl
 
     def best_direction(self, earlier: Tensor) -> Tensor:
         """[d] of norm 1, orthogonal to the earlier ones [j, d], with the most influence that the search finds."""

@@ -49,6 +49,12 @@ class Stream:
     last: Tensor
     """[N, d] what the final norm reads."""
 
+    @property
+    def row(self) -> Tensor:
+        """[N] the text each token stands in."""
+        line, _ = self.batch.attention.nonzero().unbind(1)
+        return torch.tensor(self.batch.rows)[line.cpu()]
+
     def after(self, changed: Tensor) -> Tensor:
         """[N, d] what the final norm would read, had the layer read `changed` [N, d]."""
         end = Site("resid", self.model.anatomy.n_layers - 1)
@@ -73,13 +79,10 @@ def streams(model: LanguageModel, rows: Sequence[Encoded], layer: int, *, batch_
 def influence_in_the_model(
     model: LanguageModel, readout: Readout, rows: Sequence[Encoded], layer: int, vectors: Tensor, mean: Tensor
 ) -> Tensor:
-    """[k] mean KL(model || model with one direction mean-ablated where the layer reads it), nats a token."""
-    total, n_tokens = torch.zeros(len(vectors), dtype=torch.float64), 0
+    """[k, N] KL(model || model with one direction mean-ablated where the layer reads it), nats, in `streams`' order."""
+    found = []
     for stream in streams(model, rows, layer):
-        teacher = readout.teacher(stream.last)
-        for place, vector in enumerate(vectors):
-            changed = mean_ablated(stream.hidden, vector[None].to(stream.hidden), mean.to(stream.hidden))
-            kl, _ = readout.kl(readout.z(stream.after(changed)), teacher)
-            total[place] += kl.double().sum().cpu()
-        n_tokens += len(stream.hidden)
-    return total / n_tokens
+        teacher, mean = readout.teacher(stream.last), mean.to(stream.hidden)
+        changed = (mean_ablated(stream.hidden, vector[None].to(stream.hidden), mean) for vector in vectors)
+        found.append(torch.stack([readout.kl(readout.z(stream.after(states)), teacher)[0] for states in changed]))
+    return torch.cat(found, 1).double().cpu()
