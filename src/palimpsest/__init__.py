@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from palimpsest.data.readers import read_records
     from palimpsest.data.records import QA, Choice, Passage, Preference
     from palimpsest.errors import PalimpsestError
+    from palimpsest.lens.lens import Lens
     from palimpsest.metrics.scores import Score
     from palimpsest.models.anatomy import Anatomy, Site
     from palimpsest.models.language_model import LanguageModel, load
@@ -35,6 +36,7 @@ _HOMES = {
     "Choice": "data.records",
     "Preference": "data.records",
     "read_records": "data.readers",
+    "Lens": "lens.lens",
     "Request": "unlearn.request",
     "Update": "unlearn.update",
     "GradientAscent": "unlearn.gradient_ascent",
@@ -61,6 +63,7 @@ __all__ = [
     "GradientDifference",
     "KFade",
     "LanguageModel",
+    "Lens",
     "PalimpsestError",
     "Passage",
     "Preference",

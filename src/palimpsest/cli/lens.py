@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 COLUMNS = {"kl": "KL", "cross_entropy": "cross-entropy", "entropy": "entropy", "agreement": "top-1", "bias": "bias"}
 """What a layer's card has, with headings."""
-WIDTH_OF_TABLE = 150
+WIDTH_OF_TABLE = 140
 
 app = typer.Typer(help="Fit a lens to a model, and see what every layer already believes.", no_args_is_help=True)
 
@@ -89,7 +89,12 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """The report card of a lens, layer by layer: is it near to the model, and does it read what the model uses?"""
+    """The report card of a lens, layer by layer: is it near to the model, and does it read what the model uses?
+
+    In nats a token: KL from the model, cross-entropy of what follows, entropy; how often its likeliest token is the
+    model's; bias, the KL of its average prediction. "lens / model" is how much ablating the directions it depends on most
+    changes the lens, over how much that changes the model (1 is calibrated), "rank" the rank correlation of the two.
+    """
     with console.status("loading torch and transformers"):
         from palimpsest.data.readers import read_records
         from palimpsest.lens.card import report_card
@@ -200,11 +205,11 @@ def _show_card(name: str, cards: "list[LayerCard]") -> None:
     from rich.table import Table
 
     table = Table(title=name, title_justify="left", box=SIMPLE)
-    for column in ("layer", *COLUMNS.values(), "lens/model influence", "rank corr."):
+    for column in ("layer", *COLUMNS.values(), "lens / model", "rank"):
         table.add_column(column, justify="right", no_wrap=True)
     for card in cards:
         scores = [getattr(card, column) for column in COLUMNS]
-        cells = [f"{score.value:.3f} ({score.low:.3f}-{score.high:.3f})" for score in scores]
+        cells = [f"{score.value:.2g} ({score.low:.2g}-{score.high:.2g})" for score in scores]
         if card.calibration:
             low, high = card.calibration.interval()
             cells += [f"{card.calibration.ratio:.2f} ({low:.2f}-{high:.2f})", f"{card.calibration.spearman:.2f}"]
