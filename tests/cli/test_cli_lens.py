@@ -41,7 +41,17 @@ def test_the_fitted_lens_is_the_models_and_leaves_nothing_else_behind(room: Path
 
 
 def test_the_closed_form_and_numbers_for_machines(room: Path, tmp_path: Path) -> None:
-    asked = ["lens", "fit", room / "full", room / "retain.jsonl", "--ridge", "--json", "--out", tmp_path / "ridge"]
+    asked = [
+        "lens",
+        "fit",
+        room / "full",
+        room / "retain.jsonl",
+        "--kind",
+        "ridge",
+        "--json",
+        "--out",
+        tmp_path / "ridge",
+    ]
     code, out, _ = invoke(*asked)
     found = json.loads(out)
     assert code == 0 and set(found["kl"]) == {"logit", "ridge"} and found["steps"] == 0
@@ -50,7 +60,8 @@ def test_the_closed_form_and_numbers_for_machines(room: Path, tmp_path: Path) ->
 
 def test_a_lens_for_the_tuned_lens_package_is_shown_too(room: Path, tmp_path: Path) -> None:
     folder, page = tmp_path / "theirs", tmp_path / "page.html"
-    code, _, _ = invoke("lens", "fit", room / "full", room / "retain.jsonl", "--ridge", "--tuned-lens", "--out", folder)
+    rest = ["--kind", "ridge", "--tuned-lens", "--out", folder]
+    code, _, _ = invoke("lens", "fit", room / "full", room / "retain.jsonl", *rest)
     assert code == 0 and {path.name for path in folder.iterdir()} == {"config.json", "params.pt"}
     code, out, _ = invoke("lens", "show", room / "full", "--lens", folder, "--text", "Who is it?", "--out", page)
     assert code == 0 and out.strip() == str(page)
@@ -81,6 +92,7 @@ def test_models_are_shown_side_by_side(room: Path, lens: Path, tmp_path: Path) -
         (["show", "full", "--text", "Who?", "--lens", "retain.jsonl"], "no config.json there"),
         (["show", "gold", "--text", "Who?", "--lens", "lens"], "this lens was made for another unembedding"),
         (["fit", "full", "forget.jsonl", "--forget", "forget.jsonl", "--out", "new"], "texts tell of the forget set"),
+        (["fit", "full", "retain.jsonl", "--kind", "affine", "--out", "new"], "kind 'affine' is unknown; choose ridge"),
         (["fit", "full", "retain.jsonl", "--out", "full"], "holds other files, which would be lost"),
     ],
 )

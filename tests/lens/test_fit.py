@@ -54,6 +54,9 @@ def test_what_it_says_of_itself_is_true(trained, tuned: Lens, monkeypatch: pytes
     assert kl_by_hand(Lens.logit(trained.full), trained.full, ()) == pytest.approx(
         tuned.provenance["kl"]["logit"], rel=1e-3
     )
+    jacobian = fit(trained.full, trained.request.retain, kind="jacobian", quiet=True)
+    assert jacobian.kind == "jacobian" and set(jacobian.provenance["kl"]) == {"logit", "jacobian"}
+    assert kl_by_hand(jacobian, trained.full, ()) == pytest.approx(jacobian.provenance["kl"]["jacobian"], rel=1e-3)
     assert tuned.provenance["held_out_tokens"] == sum(len(row.ids) for row in held_out)
 
 
@@ -156,7 +159,7 @@ def test_too_little_text_is_refused(trained) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"kind": "affine"}, "lens: kind 'affine' is unknown; choose ridge or tuned"),
+        ({"kind": "affine"}, "lens: kind 'affine' is unknown; choose ridge, tuned or jacobian"),
         ({"penalty": 0}, "lens: penalty is 0; it must be above 0"),
         ({"steps": -1}, "lens: steps is -1; it must be above 0"),
     ],

@@ -28,7 +28,9 @@ def fit(
     texts: Annotated[str, typer.Argument(help="Retain or neutral rows, like what the lens will be read on.")],
     out: Annotated[Path, typer.Option(help="A new folder for the lens.")],
     forget: Annotated[str | None, typer.Option(help="Rows that must not be among the texts.")] = None,
-    ridge: Annotated[bool, typer.Option("--ridge", help="The closed form alone, without steps down the KL.")] = False,
+    kind: Annotated[
+        str, typer.Option(help="tuned; ridge, the closed form alone; or jacobian, the model's own derivative.")
+    ] = "tuned",
     steps: Annotated[int, typer.Option(help="Steps down the KL, at most.", min=1)] = 40,
     tokens_per_step: Annotated[int, typer.Option(help="Tokens of each step.", min=1)] = 2048,
     seed: Annotated[int, typer.Option(help="Of the held-out rows and the batches.")] = 0,
@@ -55,7 +57,7 @@ def fit(
     lens = fitting.fit(
         loaded,
         rows,
-        kind="ridge" if ridge else "tuned",
+        kind=kind,  # type: ignore[arg-type]
         forget=secret,
         steps=steps,
         tokens_per_step=tokens_per_step,
@@ -92,8 +94,8 @@ def evaluate(
     """The report card of a lens, layer by layer: is it near to the model, and does it read what the model uses?
 
     In nats a token: KL from the model, cross-entropy of what follows, entropy; how often its likeliest token is the
-    model's; bias, the KL of its average prediction. "lens / model" is how much ablating the directions it depends on most
-    changes the lens, over how much that changes the model (1 is calibrated), "rank" the rank correlation of the two.
+    model's; bias, the KL of its average prediction. "lens / model" is how much ablating the directions that it depends
+    on most changes the lens, over how much that changes the model (1 is calibrated), "rank" their rank correlation.
     """
     with console.status("loading torch and transformers"):
         from palimpsest.data.readers import read_records

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.progress import Progress
 
 from palimpsest.data.batches import Encoded
 from palimpsest.data.overlap import told_of
@@ -16,6 +15,7 @@ from palimpsest.data.records import Record, records_hash
 from palimpsest.errors import DataError, SpecError, TrainingError
 from palimpsest.files import content_hash
 from palimpsest.lens.hidden import Hidden, hidden_states, windows
+from palimpsest.lens.jacobian import mean_jacobians
 from palimpsest.lens.kept import Kept
 from palimpsest.lens.lens import Lens
 from palimpsest.lens.readout import Readout
@@ -38,7 +38,7 @@ def fit(
     model: LanguageModel,
     texts: Sequence[Record],
     *,
-    kind: Literal["ridge", "tuned"] = "tuned",
+    kind: Literal["ridge", "tuned", "jacobian"] = "tuned",
     forget: Sequence[Record] = (),
     template: Template = "plain",
     penalty: float = 0.3,
@@ -50,13 +50,14 @@ def fit(
 ) -> Lens:
     """Fit a lens to a model on texts that look like what it will be read on.
 
-    `ridge` is the closed form; `tuned` goes on from there down KL(model || lens), each layer until it gains no more.
+    `ridge` is the closed form; `tuned` goes on from there down KL(model || lens), each layer until it gains no more;
+    `jacobian` is the model's own mean derivative.
     Under `torchrun` or `accelerate launch` every process takes its share of the texts, and all get the same lens.
 
     Args:
         model: whose layers are to be read; its weights are not touched.
         texts: retain or neutral text. A lens fitted on the forget set stores it.
-        kind: `ridge` or `tuned`.
+        kind: `ridge`, `tuned` or `jacobian`.
         forget: what must not be among the texts; it is looked for by subject and by shared words.
         template: how questions among the texts are put.
         penalty: on the squared change from the identity, in mean variances of the residual stream. Less of it lowers
@@ -95,16 +96,19 @@ def fit(
         "model": model.fingerprint(),
     }
     with progress(quiet or workers.rank > 0) as display:
-        moments, kept = _gather(model, train, max(n_kept, workers.count), workers, display)
         judged = Kept.of(model, held_out[: max(len(_within(held_out, MEASURED)), workers.count)], readout, workers)
-        changes, biases = ridge(moments, penalty)
-        maps = torch.cat([changes, biases[:, :, None]], 2).to(kept.layers)
-        by_layer = dict(enumerate(maps))
-        logit = {layer: torch.zeros_like(map) for layer, map in by_layer.items()}
-        kls = {"logit": judged.kls(logit, readout), "ridge": judged.kls(by_layer, readout)}
-        if n_steps:
+        ticker = Ticker(display, "reading the residual stream", sum(len(row.ids) for row in train), "tokens")
+        if kind == "jacobian":
+            changes, biases = mean_jacobians(model, train, seed=seed, workers=workers, ticker=ticker)
+        else:
+            moments, kept = _gather(model, train, max(n_kept, workers.count), readout, workers, ticker)
+            changes, biases = ridge(moments, penalty)
+        maps = torch.cat([changes, biases[:, :, None]], 2).to(judged.layers)
+        kls = {"logit": judged.kls(dict(enumerate(torch.zeros_like(maps))), readout)}
+        kls["ridge" if kind == "tuned" else kind] = start = judged.kls(dict(enumerate(maps)), readout)
+        if kind == "tuned":
             checkpoints = Checkpoints(folder, content_hash(asked)) if folder else None
-            run = Refinement(kept, judged, readout, maps, kls["ridge"], penalty, seed, tokens_per_step, workers)
+            run = Refinement(kept, judged, readout, maps, start, penalty, seed, tokens_per_step, workers)
             maps, kls["tuned"] = run.to_the_end(steps, checkpoints, display)
     found = {name: list(kl.values()) for name, kl in kls.items()}
     provenance = asked | {"held_out_tokens": judged.n_tokens, "kl": found, "seconds": time.monotonic() - started}
@@ -113,11 +117,10 @@ def fit(
 
 
 def _gather(
-    model: LanguageModel, train: Sequence[Encoded], n_kept: int, workers: Workers, display: Progress
+    model: LanguageModel, train: Sequence[Encoded], n_kept: int, readout: Readout, workers: Workers, ticker: Ticker
 ) -> tuple[Moments, Kept]:
     """Moments of all rows, and the first `n_kept` rows themselves, in one pass."""
-    readout, kept, moments = Readout.of(model), list[Hidden](), Moments.of(model)
-    ticker = Ticker(display, "reading the residual stream", sum(len(row.ids) for row in train), "tokens")
+    kept, moments = list[Hidden](), Moments.of(model)
     for rows, keep in ((train[:n_kept], True), (train[n_kept:], False)):
         for hidden in hidden_states(model, rows[workers.rank :: workers.count]):
             if not torch.isfinite(hidden.layers).all():
@@ -159,8 +162,8 @@ def _split(rows: list[Encoded], seed: int, n_processes: int) -> tuple[list[Encod
 
 
 def _refuse_settings(kind: str, penalty: float, steps: int, tokens_per_step: int) -> None:
-    if kind not in ("ridge", "tuned"):
-        raise SpecError(f"lens: kind {kind!r} is unknown; choose ridge or tuned")
+    if kind not in ("ridge", "tuned", "jacobian"):
+        raise SpecError(f"lens: kind {kind!r} is unknown; choose ridge, tuned or jacobian")
     settings: dict[str, Any] = {"penalty": penalty, "steps": steps, "tokens_per_step": tokens_per_step}
     for name, value in settings.items():
         if not value > 0:

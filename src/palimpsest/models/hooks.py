@@ -49,7 +49,9 @@ def capture(model: LanguageModel, batch: Batch, sites: Sequence[Site]) -> dict[S
 
 
 @contextmanager
-def capturing(anatomy: Anatomy, sites: Sequence[Site], shape: Sequence[int]) -> Iterator[dict[Site, Tensor]]:
+def capturing(
+    anatomy: Anatomy, sites: Sequence[Site], shape: Sequence[int], *, attached: bool = False
+) -> Iterator[dict[Site, Tensor]]:
     """Yield a dictionary that each forward pass inside fills with the sites' activations, detached and cloned.
 
     Inside `patched`, it reads the activations as patched.
@@ -58,6 +60,7 @@ def capturing(anatomy: Anatomy, sites: Sequence[Site], shape: Sequence[int]) -> 
         anatomy: of the network that will run.
         sites: what to read.
         shape: (B, T) of the passes; some families (OPT) flatten the two in their MLP.
+        attached: keep the activations themselves, so that gradients can be taken by them.
 
     Raises:
         ModelError: a site that this network does not have.
@@ -67,7 +70,7 @@ def capturing(anatomy: Anatomy, sites: Sequence[Site], shape: Sequence[int]) -> 
     def keep(site: Site) -> Callable[[Tensor], None]:
         def read(activation: Tensor) -> None:
             # Cloned because Falcon adds its attention into the MLP's output in place.
-            store[site] = activation.detach().clone().reshape(*shape, -1)
+            store[site] = activation if attached else activation.detach().clone().reshape(*shape, -1)
 
         return read
 
