@@ -48,12 +48,12 @@ from palimpsest.curvature.factors import collect_factors
 from palimpsest.curvature.modules import Matrix, matrices, shared_inputs
 from palimpsest.curvature.moments import collect_moments
 from palimpsest.curvature.taps import sampled_label_gradient, uniforms
-from palimpsest.models.workers import Workers
 from palimpsest.data.batches import Encoded, batches
 from palimpsest.models.anatomy import Anatomy
 from palimpsest.models.language_model import LanguageModel, evaluating
 from palimpsest.models.scoring import predict
 from palimpsest.models.tokenizers import word_tokenizer
+from palimpsest.models.workers import Workers
 from palimpsest.progress import Ticker
 
 SEED, BATCH = 0, 8
