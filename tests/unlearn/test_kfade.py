@@ -240,6 +240,28 @@ def test_every_pull_back_is_on_retain_rows_of_its_own(toy, monkeypatch: pytest.M
     assert len(seen) == 2 * 3 and len(set(seen)) > 3
 
 
+@pytest.mark.parametrize(
+    ("kls", "taken"), [([1.0, 0.9], 1.0), ([1.0, 1.2, 1.1, 0.9], 0.25), ([1.0, 1.2, 1.1, 1.05, 1.0], 0.0)]
+)
+def test_a_pull_back_goes_as_far_as_lowers_the_kl_that_was_before(kls, taken, toy, monkeypatch) -> None:
+    """One measure before and after: means over rows and over tokens differ by more than a pull-back gains."""
+    moves, real = [], climb._Climb._pull_back
+
+    def pulling(run):
+        answers = iter(kls)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "_kept_kl", lambda: next(answers))
+            patch.setattr(run, "_put", lambda before, step, share: moves.append(share))
+            real(run)
+        moves.append(list(answers))
+
+    monkeypatch.setattr(climb._Climb, "_pull_back", pulling)
+    QUICK.run(toy, REQUEST, Stop(2, 0.004))
+    *shares, unasked = moves
+    assert unasked == [] and shares == list(climb.PULL_BACKS[: len(kls) - 1])
+    assert (shares[-1] if kls[-1] < kls[0] else 0.0) == taken
+
+
 # Interrupted and resumed.
 
 

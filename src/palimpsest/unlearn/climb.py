@@ -160,8 +160,7 @@ class _Climb:
                 logprobs = predict(self.model.network, batch.to(self.model.device)).logprobs()
                 yield self.method.loss(logprobs).sum() / n_targets
 
-        uphill, _ = self._downhill(losses())
-        return uphill
+        return self._downhill(losses())
 
     def _some_retain_rows(self, pull_back: int) -> ReferenceLogprobs:
         """Retain rows for a part of this step, with the start model's predictions on them."""
@@ -175,8 +174,8 @@ class _Climb:
             rows.append(row)
         return self.kept.take(rows)
 
-    def _towards_the_start(self, kept: ReferenceLogprobs) -> tuple[dict[str, Tensor], float]:
-        """[out, in] by matrix: down the KL from the start model's predictions on retain rows; and that KL."""
+    def _towards_the_start(self, kept: ReferenceLogprobs) -> dict[str, Tensor]:
+        """[out, in] by matrix: down the KL from the start model's predictions on retain rows."""
 
         def losses() -> Iterator[Tensor]:
             for batch in batches(kept.encoded, batch_size=self.method.batch_size):
@@ -185,25 +184,24 @@ class _Climb:
 
         return self._downhill(losses())
 
-    def _downhill(self, losses: Iterator[Tensor]) -> tuple[dict[str, Tensor], float]:
-        """Minus the gradient of the losses' sum, and the sum."""
-        network, total = self.model.network, 0.0
+    def _downhill(self, losses: Iterator[Tensor]) -> dict[str, Tensor]:
+        network = self.model.network
         network.zero_grad()
         for loss in losses:
             loss.backward()
-            total += loss.item()
         gradients = {name: parameter.grad for name, parameter in self.parameters.items()}
         for name, gradient in gradients.items():
             if gradient is None or not torch.isfinite(gradient).all():
                 raise self._broken(f"the gradient of {name} is not finite")
         found = {matrix.name: -matrix.gather(gradients) for matrix in self.matrices}  # type: ignore[arg-type]
         network.zero_grad()
-        return found, total
+        return found
 
     def _pull_back(self) -> None:
         """Go down the retain KL by a Gauss-Newton step, as far as that lowers it."""
-        back, lowest = self._towards_the_start(self.retain_now)
+        back = self._towards_the_start(self.retain_now)
         step, before = self._step_along(back, self._damping()), copied(self.parameters)
+        lowest = self._kept_kl()
         for share in PULL_BACKS:
             self._put(before, step, share)
             if self._kept_kl() < lowest:
