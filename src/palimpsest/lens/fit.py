@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,7 +84,8 @@ def fit(
     started, workers, readout = time.monotonic(), Workers.here(), Readout.of(model)
     n_steps = steps if kind == "tuned" else 0
     train, held_out = _split(windows(texts, model, template), seed, workers.count)
-    n_kept = _to_keep(model, train, n_steps * tokens_per_step)
+    a_token = 4 * (model.anatomy.n_layers + 3) * model.anatomy.d_model
+    n_kept = len(_within(train, min(n_steps * tokens_per_step, CACHE_BYTES // a_token), workers.count))
     asked = {
         "kind": kind,
         "penalty": penalty,
@@ -96,12 +98,12 @@ def fit(
         "model": model.fingerprint(),
     }
     with progress(quiet or workers.rank > 0) as display:
-        judged = Kept.of(model, held_out[: max(len(_within(held_out, MEASURED)), workers.count)], readout, workers)
+        judged = Kept.of(model, _within(held_out, MEASURED, workers.count), readout, workers)
         ticker = Ticker(display, "reading the residual stream", sum(len(row.ids) for row in train), "tokens")
         if kind == "jacobian":
             changes, biases = mean_jacobians(model, train, seed=seed, workers=workers, ticker=ticker)
         else:
-            moments, kept = _gather(model, train, max(n_kept, workers.count), readout, workers, ticker)
+            moments, kept = _gather(model, train, n_kept, readout, workers, ticker)
             changes, biases = ridge(moments, penalty)
         maps = torch.cat([changes, biases[:, :, None]], 2).to(judged.layers)
         kls = {"logit": judged.kls(dict(enumerate(torch.zeros_like(maps))), readout)}
@@ -133,20 +135,10 @@ def _gather(
     return moments, Kept.joined(kept, train[:n_kept], readout, workers)
 
 
-def _to_keep(model: LanguageModel, train: Sequence[Encoded], tokens: int) -> int:
-    """How many of the rows are kept for that many tokens of steps."""
-    a_token = 4 * (model.anatomy.n_layers + 3) * model.anatomy.d_model
-    return len(_within(train, min(tokens, CACHE_BYTES // a_token)))
-
-
-def _within(rows: Sequence[Encoded], tokens: int) -> Sequence[Encoded]:
-    """As many of the first rows as have so many tokens; one at least."""
-    n = 0
-    for place, row in enumerate(rows):
-        n += len(row.ids)
-        if n > tokens:
-            return rows[: max(1, place)]
-    return rows
+def _within(rows: Sequence[Encoded], tokens: int, at_least: int) -> Sequence[Encoded]:
+    """As many of the first rows as have so many tokens, and at least so many."""
+    totals = accumulate(len(row.ids) for row in rows)
+    return rows[: max(at_least, sum(total <= tokens for total in totals))]
 
 
 def _split(rows: list[Encoded], seed: int, n_processes: int) -> tuple[list[Encoded], list[Encoded]]:
