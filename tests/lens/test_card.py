@@ -7,7 +7,7 @@ from tests.lens.test_lens import random_lens
 from tests.models.tiny_families import tiny_model, tiny_rows
 
 from palimpsest.lens.card import report_card
-from palimpsest.lens.hidden import hidden_states
+from palimpsest.lens.hidden import read_layers
 from palimpsest.lens.lens import Lens
 
 ROWS = tiny_rows(6, 4, 7, 5, 3, 6)
@@ -18,7 +18,7 @@ def beliefs(lens: Lens, model, rows) -> tuple[np.ndarray, np.ndarray]:
     layers, following = [], []
     readout = lens.readout(model)
     for row in rows:
-        hidden = next(hidden_states(model, [row]))
+        hidden = next(read_layers(model, [row]))
         logits = [readout.logits(readout.z(lens.translate(h, n))).numpy() for n, h in enumerate(hidden.layers)]
         layers.append(log_softmax(np.stack(logits).astype(np.float64), -1))
         following += [*row.ids[1:], -1]

@@ -11,7 +11,7 @@ from torch import nn
 
 from palimpsest.lens.alignment import aitchison_cosine, alignment
 from palimpsest.lens.causal_basis import Calibration, calibration, causal_basis
-from palimpsest.lens.hidden import hidden_states
+from palimpsest.lens.hidden import read_layers
 from palimpsest.lens.intervention import derangement, influence_in_the_model, mean_ablated, resampled, streams
 from palimpsest.lens.lens import Lens
 from palimpsest.lens.readout import Readout
@@ -164,7 +164,7 @@ def test_a_lens_where_the_final_norm_reads_foresees_everything() -> None:
     assert before.abs().max() <= 1 + 1e-5 and before.mean() < 0.9
 
 
-def test_states_that_hidden_states_reads_are_those_that_streams_changes() -> None:
+def test_states_that_read_layers_gives_are_those_that_streams_changes() -> None:
     model, rows = tiny_model("llama"), tiny_rows(5)
     (stream,) = streams(model, rows, 1)
-    assert torch.equal(stream.hidden, next(hidden_states(model, rows)).layers[1])
+    assert torch.equal(stream.hidden, next(read_layers(model, rows)).layers[1])

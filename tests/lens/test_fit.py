@@ -13,7 +13,7 @@ from palimpsest.errors import DataError, SpecError
 from palimpsest.lens import fit as fitting
 from palimpsest.lens import refine
 from palimpsest.lens.fit import fit
-from palimpsest.lens.hidden import hidden_states, windows
+from palimpsest.lens.hidden import read_layers, windows
 from palimpsest.lens.lens import Lens
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ QUICK = {"steps": 12, "tokens_per_step": 256, "quiet": True}
 
 def kl_by_hand(lens: Lens, model, texts) -> list[float]:
     """Mean KL(model || lens) of every layer, written out."""
-    (hidden,) = hidden_states(model, windows(texts, model), batch_size=1000)
+    (hidden,) = read_layers(model, windows(texts, model), batch_size=1000)
     readout = lens.readout(model)
     p = readout.logits(readout.z(hidden.layers[-1])).log_softmax(-1)
     found = []

@@ -6,7 +6,7 @@ from tests.models.tiny_families import tiny_model, tiny_rows
 
 from palimpsest.data.batches import collate
 from palimpsest.lens import jacobian
-from palimpsest.lens.hidden import hidden_states
+from palimpsest.lens.hidden import read_layers
 from palimpsest.lens.jacobian import mean_jacobians
 from palimpsest.models.anatomy import Site
 from palimpsest.models.hooks import Patch, capturing, patched
@@ -22,7 +22,7 @@ def double(family: str):
 def exact(model, row, layer: int) -> torch.Tensor:
     """[d, d] mean over a row's tokens of d target / d state at the same token."""
     batch = collate([row], [0])
-    states = next(hidden_states(model, [row])).layers[layer]
+    states = next(read_layers(model, [row])).layers[layer]
     end, site = Site("resid", model.anatomy.n_layers - 1), Site("resid", layer - 1)
 
     def target(values: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ def test_few_tokens_are_gone_through_with_several_vectors(monkeypatch: pytest.Mo
 def test_the_bias_makes_the_mean_state_the_mean_target() -> None:
     model, rows = double("llama"), tiny_rows(6, 4)
     changes, biases = mean_jacobians(model, rows, seed=0)
-    hidden = next(hidden_states(model, rows)).layers
+    hidden = next(read_layers(model, rows)).layers
     means = hidden.mean(1)
     for layer in range(model.anatomy.n_layers):
         assert torch.allclose(means[layer] + changes[layer] @ means[layer] + biases[layer], means[-1], atol=1e-9)

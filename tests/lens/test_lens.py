@@ -7,7 +7,7 @@ import torch
 from tests.models.tiny_families import FAMILIES, tiny_batch, tiny_model, tiny_rows
 
 from palimpsest.errors import ModelError
-from palimpsest.lens.hidden import hidden_states
+from palimpsest.lens.hidden import read_layers
 from palimpsest.lens.lens import Lens
 from palimpsest.lens.others import read_jacobian_lens, read_tuned_lens, write_tuned_lens
 from palimpsest.models.inputs import forward_inputs
@@ -16,7 +16,7 @@ from palimpsest.models.inputs import forward_inputs
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_are_what_each_block_reads_and_the_last_is_the_model(family: str) -> None:
     model, rows = tiny_model(family), tiny_rows(7, 4, 6)
-    hidden = next(hidden_states(model, rows))
+    hidden = next(read_layers(model, rows))
     assert hidden.layers.shape == (model.anatomy.n_layers + 1, 17, model.anatomy.d_model)
     assert [(hidden.row == row).sum().item() for row in range(3)] == [7, 4, 6]
     lens = Lens.logit(model)
@@ -32,8 +32,8 @@ def test_layers_are_what_each_block_reads_and_the_last_is_the_model(family: str)
 
 def test_states_do_not_depend_on_batches() -> None:
     model, rows = tiny_model("llama"), tiny_rows(7, 4, 6, 5)
-    together = next(hidden_states(model, rows, batch_size=4))
-    alone = list(hidden_states(model, rows, batch_size=1))
+    together = next(read_layers(model, rows, batch_size=4))
+    alone = list(read_layers(model, rows, batch_size=1))
     for part in alone:
         (row,) = part.row.unique().tolist()
         same = together.row == row
@@ -43,7 +43,7 @@ def test_states_do_not_depend_on_batches() -> None:
 
 def test_the_first_layer_is_the_embeddings() -> None:
     model, rows = tiny_model("llama"), tiny_rows(5)
-    found = next(hidden_states(model, rows)).layers[0]
+    found = next(read_layers(model, rows)).layers[0]
     torch.testing.assert_close(found, model.anatomy.embedding.weight[torch.tensor(rows[0].ids)].detach())
 
 

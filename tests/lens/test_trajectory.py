@@ -17,7 +17,7 @@ from palimpsest.data.batches import Encoded
 from palimpsest.errors import ModelError
 from palimpsest.lens import trajectory as trajectory_module
 from palimpsest.lens.depth import answer_depth, chance_of_a_hit
-from palimpsest.lens.hidden import hidden_states
+from palimpsest.lens.hidden import read_layers
 from palimpsest.lens.lens import Lens
 from palimpsest.lens.trajectory import Trajectory, first_of_last_run, trajectories
 
@@ -27,7 +27,7 @@ def test_statistics_are_scipys(family: str) -> None:
     model, rows = tiny_model(family), tiny_rows(6, 4)
     lens = random_lens(model)
     for row, found in zip(rows, trajectories(lens, model, rows, top_k=3), strict=True):
-        hidden = next(hidden_states(model, [row]))
+        hidden = next(read_layers(model, [row]))
         readout = lens.readout(model)
         logits = [readout.logits(readout.z(lens.translate(h, n))).numpy() for n, h in enumerate(hidden.layers)]
         log_q = log_softmax(np.stack(logits).astype(np.float64), -1)

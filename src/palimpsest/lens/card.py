@@ -14,7 +14,7 @@ from torch import Tensor
 
 from palimpsest.data.batches import Encoded
 from palimpsest.lens.causal_basis import Calibration, calibration
-from palimpsest.lens.hidden import hidden_states
+from palimpsest.lens.hidden import read_layers
 from palimpsest.lens.lens import Lens
 from palimpsest.lens.readout import SAMPLED, Readout
 from palimpsest.metrics.scores import Score
@@ -105,7 +105,7 @@ def _pieces(
     lens: Lens, model: LanguageModel, readout: Readout, own: Readout, rows: Sequence[Encoded]
 ) -> Iterator[tuple[Tensor, Tensor, list[Tensor]]]:
     """Some tokens at a time: their rows [n], what follows them [n] (-1: nothing), and every layer's belief [n, V]."""
-    for hidden in hidden_states(model, rows):
+    for hidden in read_layers(model, rows):
         following = torch.tensor(
             [
                 rows[row].ids[place + 1] if place + 1 < len(rows[row].ids) else -1

@@ -15,7 +15,7 @@ from palimpsest.data.prompts import Template
 from palimpsest.data.records import Record, records_hash
 from palimpsest.errors import DataError, SpecError, TrainingError
 from palimpsest.files import content_hash
-from palimpsest.lens.hidden import Hidden, hidden_states, windows
+from palimpsest.lens.hidden import Hidden, read_layers, windows
 from palimpsest.lens.jacobian import mean_jacobians
 from palimpsest.lens.kept import Kept
 from palimpsest.lens.lens import Lens
@@ -124,7 +124,7 @@ def _gather(
     """Moments of all rows, and the first `n_kept` rows themselves, in one pass."""
     kept, moments = list[Hidden](), Moments.of(model)
     for rows, keep in ((train[:n_kept], True), (train[n_kept:], False)):
-        for hidden in hidden_states(model, rows[workers.rank :: workers.count]):
+        for hidden in read_layers(model, rows[workers.rank :: workers.count]):
             if not torch.isfinite(hidden.layers).all():
                 raise TrainingError(f"{model.name}: its residual stream is not finite; the model is damaged")
             moments.add(hidden.layers)

@@ -29,7 +29,7 @@ class Hidden:
     """[N] its place there, from 0."""
 
 
-def hidden_states(model: LanguageModel, encoded: Sequence[Encoded], *, batch_size: int = 16) -> Iterator[Hidden]:
+def read_layers(model: LanguageModel, encoded: Sequence[Encoded], *, batch_size: int = 16) -> Iterator[Hidden]:
     """Every token of every row, rows of like length together; padding is left out."""
     sites = [Site("resid", layer) for layer in range(-1, model.anatomy.n_layers)]
     for batch in batches(encoded, batch_size=batch_size):

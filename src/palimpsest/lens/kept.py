@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.data.batches import Encoded
-from palimpsest.lens.hidden import Hidden, hidden_states
+from palimpsest.lens.hidden import Hidden, read_layers
 from palimpsest.lens.layer_map import divergence
 from palimpsest.lens.readout import Readout, Teacher
 from palimpsest.models.language_model import LanguageModel
@@ -31,7 +31,7 @@ class Kept:
     def of(model: LanguageModel, rows: Sequence[Encoded], readout: Readout, workers: Workers) -> "Kept":
         """Read this process's rows, every `workers.count`-th of all."""
         mine = range(workers.rank, len(rows), workers.count)
-        found = hidden_states(model, [rows[row] for row in mine])
+        found = read_layers(model, [rows[row] for row in mine])
         return Kept.joined(list(found), rows, readout, workers)
 
     @staticmethod

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.data.batches import Encoded
-from palimpsest.lens.hidden import hidden_states
+from palimpsest.lens.hidden import read_layers
 from palimpsest.lens.lens import Lens
 from palimpsest.lens.readout import SAMPLED, Readout
 from palimpsest.models.language_model import LanguageModel
@@ -76,7 +76,7 @@ def trajectories(
     """
     readout, own_readout, found = lens.readout(fitted_to or model), Readout.of(model), dict[int, Trajectory]()
     lens, top_k = lens.to(model.device), min(top_k, len(readout.weight))
-    for hidden in hidden_states(model, rows, batch_size=batch_size):
+    for hidden in read_layers(model, rows, batch_size=batch_size):
         for row in hidden.row.unique().tolist():
             own = hidden.row == row
             ids = torch.tensor(rows[row].ids)
