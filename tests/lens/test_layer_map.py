@@ -36,8 +36,8 @@ def test_steps_go_down_to_a_teacher_that_is_a_map_of_the_states() -> None:
     readout, hidden = readout_of("llama"), states(600, 0)
     truth = torch.cat([0.3 * states(WIDTH, 3), states(WIDTH, 4)[:, :1]], 1)
     teacher = readout.teacher(hidden + with_ones(hidden) @ truth.T)
-    uniform = torch.rand(600, generator=torch.Generator().manual_seed(5))
-    layer = LayerMap.start(torch.zeros(WIDTH, WIDTH + 1, dtype=torch.float64), hidden, readout, uniform)
+    scores = readout.sampled(teacher.z, torch.rand(600, generator=torch.Generator().manual_seed(5)))
+    layer = LayerMap.start(torch.zeros(WIDTH, WIDTH + 1, dtype=torch.float64), hidden, readout, scores)
     before = divergence(layer.map, hidden, readout, teacher).mean()
     for step in range(60):
         layer.step(slope(layer.map, hidden, readout, teacher) / 600, average=step >= 50)
@@ -56,11 +56,12 @@ def test_the_penalty_has_the_units_of_the_closed_form() -> None:
     """Inputs and outputs twice as large in the model's own units leave it as strong beside the KL."""
     readout, hidden = readout_of("llama"), states(300, 0)
     uniform = torch.rand(300, generator=torch.Generator().manual_seed(5))
+    scores = readout.sampled(readout.z(states(300, 1)), uniform)
     start = torch.zeros(WIDTH, WIDTH + 1, dtype=torch.float64)
-    found = LayerMap.start(start, hidden, readout, uniform, penalty=0.2).pull
+    found = LayerMap.start(start, hidden, readout, scores, penalty=0.2).pull
     variance = hidden.var(0, unbiased=False).mean().item()
     assert found / (0.2 * variance) == pytest.approx(
-        LayerMap.start(start, hidden, readout, uniform, penalty=1.0).pull / variance
+        LayerMap.start(start, hidden, readout, scores, penalty=1.0).pull / variance
     )
 
 

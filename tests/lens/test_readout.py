@@ -72,6 +72,19 @@ def test_expectations_are_scipys(family: str) -> None:
         assert np.allclose(found.row, p @ readout.weight.numpy() * readout.scale, atol=1e-12)
 
 
+@pytest.mark.parametrize("family", HEADS)
+def test_a_drawn_labels_score_is_that_of_autograd(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readout_module, "SAMPLED", 4)
+    readout, uniform = Readout.of(double(family)), torch.rand(9, generator=torch.Generator().manual_seed(1)).double()
+    z = readout.z(residuals(9, 0)).detach().requires_grad_()
+    logprobs = readout.logits(z).log_softmax(-1)
+    labels = [
+        int((np.cumsum(p) < u).sum()) for p, u in zip(logprobs.exp().detach().numpy(), uniform.numpy(), strict=True)
+    ]
+    (expected,) = torch.autograd.grad(logprobs[range(9), labels].sum(), z)
+    assert (readout.sampled(z.detach(), uniform) - expected).abs().max() < 1e-10
+
+
 def test_a_model_agrees_with_itself() -> None:
     readout = Readout.of(double("gemma2"))
     teacher = readout.teacher(residuals(5, 0))

@@ -43,7 +43,7 @@ class LayerMap:
         map: Tensor,
         hidden: Tensor,
         readout: Readout,
-        uniform: Tensor,
+        scores: Tensor,
         *,
         penalty: float = 0.0,
         workers: Workers | None = None,
@@ -54,16 +54,17 @@ class LayerMap:
             map: [d, d + 1] to start from.
             hidden: [N, d] this process's tokens.
             readout: of the model.
-            uniform: [n] one number in [0, 1) for each of the first n tokens, by which labels are drawn.
+            scores: [n, d] of the first n tokens, d log p(label) / dz for a label drawn from the model's prediction p.
+                Exact would be the lens's own prediction; p is near it, and serves every layer.
             penalty: on the squared change, in mean variances of the inputs times the mean curvature of the outputs, as
                 the closed form's is.
             workers: those who share the tokens.
         """
         inputs = with_ones(hidden)
-        some = inputs[: len(uniform)]
+        some = inputs[: len(scores)]
         residual = (some[:, :-1] + some @ map.T).requires_grad_()
         z = readout.z(residual)
-        z.backward(readout.sampled(z.detach(), uniform))
+        z.backward(scores)
         gradient = _gradient_of(residual)
         read, given = inputs.T @ inputs, gradient.T @ gradient
         counts = torch.tensor([len(inputs), len(some)]).to(inputs)

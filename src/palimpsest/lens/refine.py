@@ -15,7 +15,7 @@ from palimpsest.models.workers import Workers
 from palimpsest.progress import Ticker
 
 FACTOR_TOKENS = 2048
-"""Tokens at which labels are drawn for the curvature of the steps."""
+"""Tokens at which labels are drawn from the model for the curvature of the steps."""
 ROUND = 10
 """Steps between two measurements."""
 WORTHWHILE = 0.002
@@ -76,10 +76,10 @@ class Refinement:
         others = torch.ones(len(self.kept.place), dtype=torch.bool)
         others[first] = False
         order = torch.cat([first, others.nonzero()[:, 0]])  # the drawn ones first
-        own = uniform[self.kept.place[first]]
+        scores = self.readout.sampled(self.kept.teacher.z[first], uniform[self.kept.place[first]])
         for number, hidden in enumerate(self.kept.layers):
             self.layers[number] = LayerMap.start(
-                self.best[number], hidden[order], self.readout, own, penalty=self.penalty, workers=self.workers
+                self.best[number], hidden[order], self.readout, scores, penalty=self.penalty, workers=self.workers
             )
 
     def _take_a_step(self, steps: int) -> None:
