@@ -287,6 +287,7 @@ def test_the_verbs() -> None:
             "metrics open-unlearning",
             "metrics membership",
         ),
+        *("lens", "lens fit", "lens eval", "lens show"),
         *("update", "update show", "update reapply", "update adapter"),
         *("studies", "studies run", "studies run kfade", "studies run task_forgetting"),
     }

@@ -89,7 +89,7 @@ def test_query_key_and_value_read_one_tensor_and_so_do_gate_and_up() -> None:
         for name, owner in owners.items():
             if name.startswith(prefix):
                 readers.setdefault(owner, set()).add(name.removeprefix(prefix))
-        assert sorted(readers.values(), key=str) == sorted(LLAMA_READS, key=str)
+        assert sorted(readers.values(), key=sorted) == sorted(LLAMA_READS, key=sorted)
         assert all(owner.removeprefix(prefix) in group for owner, group in readers.items())
     assert len(owners) == 14 and len(set(owners.values())) == 8
 
