@@ -65,7 +65,7 @@ def test_calibration_is_measured_where_it_is_asked_for() -> None:
         assert 0 < low <= card.calibration.ratio <= high
 
 
-def test_transfer_reads_another_models_layers_and_is_held_against_its_own_predictions(trained) -> None:
+def test_transfer_reads_another_models_layers_and_is_held_against_its_own_predictions() -> None:
     rows = [*tiny_rows(6, 4)]
     model, other = tiny_model("llama"), tiny_model("llama", seed=3)
     lens = random_lens(model)

@@ -5,7 +5,8 @@ import torch
 from tests.models.tiny_families import WIDTH, tiny_model
 from torch.nn import functional as F
 
-from palimpsest.lens.layer_map import LayerMap, divergence, slope, with_ones
+from palimpsest.curvature.factors import with_ones
+from palimpsest.lens.layer_map import LayerMap, divergence, slope
 from palimpsest.lens.readout import Readout
 
 

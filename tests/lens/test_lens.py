@@ -9,7 +9,7 @@ from tests.models.tiny_families import FAMILIES, tiny_batch, tiny_model, tiny_ro
 from palimpsest.errors import ModelError
 from palimpsest.lens.hidden import read_layers
 from palimpsest.lens.lens import Lens
-from palimpsest.lens.others import read_jacobian_lens, read_tuned_lens, write_tuned_lens
+from palimpsest.lens.others import open_lens, read_jacobian_lens, read_tuned_lens, write_tuned_lens
 from palimpsest.models.inputs import forward_inputs
 
 
@@ -145,7 +145,7 @@ def test_a_jacobian_lens_maps_what_blocks_give(tmp_path: Path) -> None:
     model = tiny_model("llama")
     jacobians = {layer: torch.randn(16, 16) for layer in range(3)}
     torch.save({"J": jacobians, "n_prompts": 4, "source_layers": [0, 1, 2], "d_model": 16}, tmp_path / "jlens.pt")
-    lens = read_jacobian_lens(tmp_path / "jlens.pt", model)
+    lens = open_lens(tmp_path / "jlens.pt", model)
     hidden = torch.randn(5, 16)
     assert torch.equal(lens.translate(hidden, 0), hidden)
     torch.testing.assert_close(lens.translate(hidden, 1), hidden @ jacobians[0].T, rtol=1e-4, atol=1e-5)

@@ -4,7 +4,7 @@ A low KL alone does not show that a lens is faithful: least squares lowers it by
 answer, and then moves where the model does not. So `causal_basis.calibration` stands beside it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from palimpsest.data.batches import Encoded
 from palimpsest.lens.causal_basis import Calibration, calibration
-from palimpsest.lens.hidden import read_layers
+from palimpsest.lens.hidden import Hidden, read_layers
 from palimpsest.lens.lens import Lens
-from palimpsest.lens.readout import SAMPLED, Readout
+from palimpsest.lens.readout import Readout
+from palimpsest.lens.trajectory import beliefs
 from palimpsest.metrics.scores import Score
 from palimpsest.metrics.statistics import clustered_mean
 from palimpsest.models.language_model import LanguageModel
@@ -71,14 +72,16 @@ def report_card(
     tokens = torch.zeros(GROUPS, dtype=torch.float64)
     measured: list[Tensor] = []
     of_row: list[Tensor] = []
-    for row, following, beliefs in _pieces(lens, model, readout, own, rows):
-        group = row % GROUPS
-        tokens.index_add_(0, group, torch.ones(len(row), dtype=torch.float64))
-        log_p = beliefs[-1]
-        for layer, log_q in enumerate(beliefs):
-            marginals[:, layer].index_add_(0, group, log_q.exp().double().cpu())
-        measured.append(torch.stack([_measured(log_q, log_p, following) for log_q in beliefs], 1).cpu())
-        of_row.append(row)
+    for hidden in read_layers(model, rows):
+        following = _following(hidden, rows).to(hidden.layers.device)
+        of_row.append(hidden.row)
+        for some, believed in beliefs(lens, readout, own, hidden.layers):
+            group = hidden.row[some.cpu()] % GROUPS
+            tokens.index_add_(0, group, torch.ones(len(group), dtype=torch.float64))
+            for layer, log_q in enumerate(believed):
+                marginals[:, layer].index_add_(0, group, log_q.exp().double().cpu())
+            compared = [_measured(log_q, believed[-1], following[some]) for log_q in believed]
+            measured.append(torch.stack(compared, 1).cpu())
     values, clusters = torch.cat(measured, 2).double().numpy(), [str(row) for row in torch.cat(of_row).tolist()]
     followed = np.flatnonzero(~np.isnan(values[1, 0]))
     cards = []
@@ -100,26 +103,10 @@ def report_card(
     return cards
 
 
-@torch.no_grad()
-def _pieces(
-    lens: Lens, model: LanguageModel, readout: Readout, own: Readout, rows: Sequence[Encoded]
-) -> Iterator[tuple[Tensor, Tensor, list[Tensor]]]:
-    """Some tokens at a time: their rows [n], what follows them [n] (-1: nothing), and every layer's belief [n, V]."""
-    for hidden in read_layers(model, rows):
-        following = torch.tensor(
-            [
-                rows[row].ids[place + 1] if place + 1 < len(rows[row].ids) else -1
-                for row, place in zip(hidden.row.tolist(), hidden.position.tolist(), strict=True)
-            ]
-        )
-        for some in torch.arange(len(hidden.row)).split(SAMPLED):
-            states = hidden.layers[:, some]
-            beliefs = [
-                readout.logits(readout.z(lens.translate(states[layer], layer))).log_softmax(-1)
-                for layer in range(lens.n_layers)
-            ]
-            beliefs.append(own.logits(own.z(states[-1])).log_softmax(-1))
-            yield hidden.row[some], following[some].to(states.device), beliefs
+def _following(hidden: Hidden, rows: Sequence[Encoded]) -> Tensor:
+    """[N] the token that follows each; -1 where nothing does."""
+    places = zip(hidden.row.tolist(), hidden.position.tolist(), strict=True)
+    return torch.tensor([[*rows[row].ids, -1][place + 1] for row, place in places])
 
 
 def _measured(log_q: Tensor, log_p: Tensor, following: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from palimpsest.curvature.factors import with_ones
 from palimpsest.lens.readout import Readout, Teacher
 from palimpsest.models.workers import Workers
 
@@ -110,11 +111,6 @@ def divergence(map: Tensor, hidden: Tensor, readout: Readout, teacher: Teacher) 
     """[N] KL(model || lens) at tokens [N, d], nats a token."""
     kl, _ = readout.kl(readout.z(hidden + with_ones(hidden) @ map.T), teacher)
     return kl
-
-
-def with_ones(hidden: Tensor) -> Tensor:
-    """[N, d + 1] a column of ones beside the states, for the bias."""
-    return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1)
 
 
 def _gradient_of(tensor: Tensor) -> Tensor:

@@ -25,13 +25,17 @@ HUB, HUB_TYPE, HUB_FOLDER = "AlignmentResearch/tuned-lens", "space", "lens"
 
 
 def open_lens(name: str | Path, model: LanguageModel) -> Lens:
-    """A lens by what the user calls it: `logit`, a folder of ours or of the tuned-lens package, or a hub resource id.
+    """A lens by what the user calls it.
+
+    `logit`; a folder of ours or of the tuned-lens package; a Jacobian lens's file; a resource id on the hub.
 
     Raises:
         ModelError: there is none, or it cannot be read.
     """
     if str(name) == "logit":
         return Lens.logit(model)
+    if Path(name).is_file():
+        return read_jacobian_lens(name, model)
     return Lens.load(name) if (Path(name) / DESCRIPTION).exists() else read_tuned_lens(name, model)
 
 

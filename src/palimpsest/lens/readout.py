@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from palimpsest.curvature.taps import sampled_label_gradient
 from palimpsest.models.language_model import LanguageModel, tensor_bytes
 
 PIECE = 4096
@@ -139,17 +140,14 @@ class Readout:
 
     def sampled(self, z: Tensor, uniform: Tensor) -> Tensor:
         """[N, d] d log p(label) / d z for one label drawn from each prediction, by a number [N] in [0, 1) each."""
-        slopes = []
+        scores = []
         for some, where in zip(z.split(SAMPLED), uniform.split(SAMPLED), strict=True):
-            logits = self.logits(some)
-            cumulated = logits.softmax(-1).cumsum(-1)
-            labels = torch.searchsorted(cumulated, (where.to(cumulated) * cumulated[:, -1])[:, None])
-            labels = labels.clamp(max=len(self.weight) - 1)
-            row = self.weight[labels[:, 0]].to(self.precision) * self.scale
-            if self.cap is not None:
-                row = row * (1 - (logits.gather(1, labels) / self.cap).square())
-            slopes.append(row - self.expected(some).row)
-        return torch.cat(slopes)
+            pieces = list(self._pieces(some))
+            gradient = sampled_label_gradient(torch.cat([logits for logits, _ in pieces], dim=-1), where)
+            weights = gradient.split(PIECE, dim=-1)
+            rows = [slopes_times(part) for (_, slopes_times), part in zip(pieces, weights, strict=True)]
+            scores.append(-torch.stack(rows).sum(0))
+        return torch.cat(scores)
 
     def _expected(self, z: Tensor) -> Expectation:
         largest = z.new_full((len(z), 1), -torch.inf)

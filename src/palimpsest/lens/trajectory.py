@@ -3,7 +3,7 @@
 Shapes: L layers and then the model itself, T tokens, k likeliest tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,17 +94,25 @@ def first_of_last_run(holds: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def beliefs(
+    lens: Lens, readout: Readout, own_readout: Readout, layers: Tensor
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Of residual streams [L + 1, N, d], the places of a few tokens at a time and what is believed there.
+
+    Log-probabilities [n, V], one tensor for each layer by the lens's readout, and last the model's by its own.
+    """
+    for some in torch.arange(layers.shape[1], device=layers.device).split(SAMPLED):
+        read = [readout.z(lens.translate(states[some], layer)) for layer, states in enumerate(layers[:-1])]
+        believed = [readout.logits(z).log_softmax(-1) for z in read]
+        yield some, [*believed, own_readout.logits(own_readout.z(layers[-1, some])).log_softmax(-1)]
+
+
 def _read(lens: Lens, readout: Readout, own_readout: Readout, layers: Tensor, ids: Tensor, top_k: int) -> Trajectory:
     """From the residual stream [L + 1, T, d] at every token."""
     followed_by = torch.cat([ids[1:], ids.new_zeros(1)]).to(layers.device)
     parts = []
-    for some in torch.arange(len(ids), device=layers.device).split(SAMPLED):
-        model = own_readout.logits(own_readout.z(layers[-1, some])).log_softmax(-1)
-        beliefs = (
-            readout.logits(readout.z(lens.translate(states[some], layer))).log_softmax(-1)
-            for layer, states in enumerate(layers[:-1])
-        )
-        parts.append([_compared(belief, model, followed_by[some], top_k) for belief in (*beliefs, model)])
+    for some, believed in beliefs(lens, readout, own_readout, layers):
+        parts.append([_compared(log_q, believed[-1], followed_by[some], top_k) for log_q in believed])
     # Pieces of tokens, of layers, of tables: one table [L + 1, T, ...] each.
     tables = [
         torch.cat([torch.stack([layer[table] for layer in piece]) for piece in parts], 1).cpu()
