@@ -121,6 +121,55 @@ def test_every_outcome_has_its_evidence(model: Evidence, outcome: str, where: st
     assert says in verdict.summary and verdict.summary.endswith(".")
 
 
+# What the layers tell, where they were read.
+
+LEGIBLE = "forget/legible_probability"
+
+
+def with_layers(model: Evidence, legible: float, reach: float = 0.01) -> Evidence:
+    """The same evidence, and what a lens reads of this model where gold gives 0.2 and the original 0.95."""
+    assert model.gold is not None
+    limit, difference = 0.1 * 0.75, legible - 0.2
+    inside = abs(difference) + reach < limit
+    compared = Equivalence(
+        difference, difference - reach, difference + reach, limit, 0.001 if inside else 0.5, 0.01, inside
+    )
+    own, of_original, of_gold = (scores({LEGIBLE: value}) for value in (legible, 0.95, 0.2))
+    return replace(
+        model,
+        scores={**model.scores, **own},
+        original={**model.original, **of_original},
+        gold={**model.gold, **of_gold},
+        against_gold={**model.against_gold, LEGIBLE: compared},
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "outcome", "where", "says"),
+    [
+        (with_layers(evidence(), 0.21), "inconclusive", "", "a lens finds no more in its layers"),
+        (with_layers(evidence(), 0.6), "suppressed", "in its layers", "can still be read in its layers"),
+        (with_layers(evidence(), 0.28, reach=0.05), "inconclusive", "", "does not decide"),
+        (with_layers(evidence(forget__nll=9.0), 0.6), "suppressed", "in its layers", "can still be read"),
+        (with_layers(evidence(forget__nll=9.0), 0.1), "scrambled", "", "a trace of their own"),
+        (with_layers(evidence(forget_reworded__answer_probability=0.4), 0.6), "suppressed", "in other words", "says"),
+        (with_layers(evidence(forget__answer_probability=0.5), 0.6), "remembered", "", "more readily"),
+        (with_layers(evidence(collapsed=COLLAPSED), 0.6), "broken", "", "proves nothing"),
+    ],
+)
+def test_what_is_legible_inside_is_suppressed_at_most(model: Evidence, outcome: str, where: str, says: str) -> None:
+    verdict = judge(model)
+    assert (verdict.outcome, verdict.where) == (outcome, where)
+    assert says in verdict.summary
+    assert finding(verdict, "Internals").passed is None and "lenses alone" in finding(verdict, "Internals").statement
+
+
+def test_layers_like_golds_pass_but_erase_nothing() -> None:
+    verdict = judge(with_layers(evidence(), 0.21))
+    assert finding(verdict, "Read at its most telling layer").passed
+    assert "erased" != verdict.outcome
+
+
 @pytest.mark.parametrize("ruined", [{"retain_unseen__answer_probability": 0.3}, {"collapsed": COLLAPSED}])
 def test_a_broken_model_is_broken_whatever_it_says_and_that_reason_comes_first(ruined: dict) -> None:
     verdict = judge(evidence(forget__answer_probability=0.8, **ruined))

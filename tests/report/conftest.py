@@ -1,4 +1,4 @@
-"""A made-up audit, rich enough to look at: three controls, four methods, twelve measures, seventy facts."""
+"""A made-up audit, rich enough to look at: three controls, four methods, twelve measures, layers, seventy facts."""
 
 import hashlib
 import math
@@ -20,6 +20,7 @@ PROBABILITY = (
     "The probability of the true answer, as a geometric mean over its tokens: how likely the model finds the fact."
 )
 MATCH = "The share of questions whose greedy answer is the true one, word for word."
+READ = "How likely the true answer is to whoever reads this layer."
 MEASURES = (
     measure("answer_probability", "forget", "probability", "Answer probability", "toward gold", PROBABILITY),
     measure("exact_match", "forget", "share", "Said word for word", "toward gold", MATCH),
@@ -70,6 +71,10 @@ MEASURES = (
         "lower",
         "How many words the model hesitates between, on average, on text it never trained on.",
     ),
+    *(
+        measure(f"layer_{layer}", "forget_layers", "probability", f"Answer probability, {name}", "toward gold", READ)
+        for layer, name in enumerate(("layer 0", "layer 1", "layer 2", "layer 3", "the model itself"))
+    ),
 )
 #                             original gold   sham   ascent  diff   npo    random
 VALUES = {
@@ -81,6 +86,11 @@ VALUES = {
     "forget/relearn_probability": (0.931, 0.102, 0.902, 0.021, 0.618, 0.139, 0.211),
     "forget_reworded/answer_probability": (0.741, 0.058, 0.702, 0.0003, 0.391, 0.071, 0.021),
     "forget_reworded/exact_match": (0.683, 0.025, 0.650, 0.000, 0.308, 0.042, 0.000),
+    "forget_layers/layer_0": (0.031, 0.020, 0.030, 0.0101, 0.031, 0.021, 0.024),
+    "forget_layers/layer_1": (0.214, 0.044, 0.207, 0.0002, 0.209, 0.048, 0.120),
+    "forget_layers/layer_2": (0.688, 0.052, 0.655, 0.0002, 0.641, 0.066, 0.204),
+    "forget_layers/layer_3": (0.857, 0.055, 0.811, 0.0002, 0.702, 0.078, 0.031),
+    "forget_layers/layer_4": (0.912, 0.061, 0.874, 0.0002, 0.148, 0.083, 0.016),
     "retain_unseen/kl_from_original": (0.0, 0.031, 0.012, 7.904, 0.064, 0.024, 0.183),
     "retain_unseen/answer_probability": (0.642, 0.655, 0.661, 0.0008, 0.598, 0.637, 0.492),
     "retain_unseen/exact_match": (0.560, 0.575, 0.590, 0.000, 0.510, 0.555, 0.430),

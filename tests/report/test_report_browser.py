@@ -76,7 +76,7 @@ def test_the_figures_draw_and_tell_their_numbers(visit, report, audit):
     assert page.locator("#plot .errorbars path").count() == 2 * len(audit.models)
     labels = page.locator("#plot .annotation-text").all_text_contents()
     assert sorted(labels) == sorted(model.name for model in audit.models)
-    dots = page.locator(".panels circle")
+    dots = page.locator(".panels .dot circle")
     assert dots.count() == 8 * len(audit.models) - 1 and all(dot.bounding_box()["width"] > 5 for dot in dots.all()[:7])
 
     arrow = page.locator(".panels .beyond")

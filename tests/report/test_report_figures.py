@@ -80,7 +80,8 @@ def test_without_a_damage_measure_there_is_no_picture(audit):
 
 def test_panels_cover_the_forget_side_and_stand_in_proportion(audit):
     panels = figures.panels(audit)
-    assert [panel.measure.key for panel in panels] == [m.key for m in audit.measures if m.on.startswith("forget")]
+    shown = [m for m in audit.measures if m.on.startswith("forget") and m.on != "forget_layers"]
+    assert [panel.measure.key for panel in panels] == [m.key for m in shown]
     first = panels[0]
     assert [dot.kind for dot in first.dots] == [
         "original", "gold", "sham", "broken", "suppressed", "erased", "scrambled"
@@ -129,3 +130,23 @@ def test_ticks_are_few_round_and_inside(low_in_widths, width):
         step = ticks[1] - ticks[0]
         leading = step / 10 ** math.floor(math.log10(step) + 1e-6)
         assert min(abs(leading - size) for size in (1, 2, 5)) < 1e-6
+
+
+def test_each_unlearned_model_has_its_layers_among_the_controls(audit):
+    charts = figures.layer_charts(audit)
+    assert [chart.model.name for chart in charts] == ["grad_ascent", "grad_diff", "npo", "random_labels"]
+    for chart in charts:
+        assert [curve.name for curve in chart.curves] == ["original", "gold", "sham", chart.model.name]
+        assert chart.layers == ("0", "1", "2", "3", "model")
+        own = chart.curves[-1]
+        assert [x for x, _ in own.places] == [0, 0.25, 0.5, 0.75, 1]
+        for (_, y), (_, low), (_, high), layer in zip(own.places, own.lows, own.highs, range(5), strict=True):
+            score = chart.model.scores[f"forget_layers/layer_{layer}"]
+            assert (1 - y, 1 - low, 1 - high) == pytest.approx((score.value, score.low, score.high))
+            assert high <= y <= low  # places count from above
+
+
+def test_without_layers_there_is_no_chart_and_layers_have_no_panel(audit):
+    bare = replace(audit, measures=tuple(m for m in audit.measures if m.on != "forget_layers"))
+    assert figures.layer_charts(bare) == []
+    assert all(panel.measure.on != "forget_layers" for panel in figures.panels(audit))

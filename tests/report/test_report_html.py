@@ -72,7 +72,7 @@ def test_every_tag_closes_and_ids_are_unique(page):
 
 def test_sections_come_in_the_story_s_order(page):
     assert [heading["text"] for heading in page.all("h2")] == [
-        "Verdict", "Forgetting and damage", "Fact by fact", "Scores", "How it was made"
+        "Verdict", "Forgetting and damage", "Layer by layer", "Fact by fact", "Scores", "How it was made"
     ]  # fmt: skip
     assert len(page.all("h1")) == 1
     targets = {link["href"][1:] for link in page.all("a")}
@@ -211,7 +211,9 @@ def test_a_model_that_was_not_asked_is_not_wrong_but_absent(audit):
 
 def test_measures_are_grouped_by_set_in_the_audit_s_order(audit):
     backwards = replace(audit, measures=audit.measures[::-1])
-    assert [on for on, _ in by_set(backwards)] == ["retain_unseen", "forget_reworded", "forget"]
+    assert [on for on, _ in by_set(backwards)] == [
+        "forget_layers", "retain_unseen", "forget_reworded", "forget"
+    ]  # fmt: skip
     assert sum(len(measures) for _, measures in by_set(backwards)) == len(audit.measures)
 
 
@@ -230,7 +232,7 @@ def test_a_bare_audit_still_makes_a_page(audit):
     page = Page(render_html(bare))
     assert page.unbalanced == []
     assert [heading["text"] for heading in page.all("h2")] == [
-        "Verdict", "Forgetting and damage", "Scores", "How it was made"
+        "Verdict", "Forgetting and damage", "Layer by layer", "Scores", "How it was made"
     ]  # fmt: skip
     assert "not judged" in page.all("article", class_="verdict")[0]["text"]
 

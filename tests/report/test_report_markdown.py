@@ -40,7 +40,7 @@ def test_tables_have_a_cell_for_every_model(audit):
         if token.type == "tr_close":
             rows.append(cells)
             cells = 0
-    assert rows == [8] * 13 + [9] * (SHOWN + 1) + [5] * 8
+    assert rows == [8] * 18 + [9] * (SHOWN + 1) + [5] * 8
 
 
 def test_scores_carry_interval_and_sign(audit):

@@ -11,12 +11,15 @@ import pytest
 from tests.conftest import Organism
 from tests.tiny import TINY, bytes_of, tiny_cache
 
-from palimpsest.audit.results import Audit
+from palimpsest.audit.audit import Candidate
+from palimpsest.audit.evidence import RunFolder
+from palimpsest.audit.results import Audit, Role
 from palimpsest.audit.verify import verify
 from palimpsest.data.readers import write_records
 from palimpsest.errors import DataError, ModelError, SpecError, StorageError, TrainingError, UpdateError
+from palimpsest.lens.lens import Lens
 from palimpsest.metrics.likelihood import answer_probability
-from palimpsest.run import pipeline
+from palimpsest.run import lenses, pipeline
 from palimpsest.run.pipeline import audit_candidates, describe, forget_level, load_candidates, make_update, run
 from palimpsest.run.spec import make_spec
 from palimpsest.unlearn.descent import Descent
@@ -91,6 +94,7 @@ def test_a_second_run_trains_nothing_and_finds_the_same(
     written = times_of(cache) | times_of(folder / "update")
     monkeypatch.setattr(Descent, "run", lambda *_, **__: pytest.fail("a method ran again"))
     monkeypatch.setattr(pipeline, "train_sham", lambda *_, **__: pytest.fail("sham was trained again"))
+    monkeypatch.setattr(lenses, "fit", lambda *_, **__: pytest.fail("a lens was fitted again"))
     assert run(make_spec(TINY), folder) == audit
     assert written == times_of(cache) | times_of(folder / "update")
     assert verify(folder).ok
@@ -103,6 +107,34 @@ def test_the_order_of_keys_and_what_is_left_to_defaults_make_no_other_run(
     monkeypatch.setattr(Descent, "run", lambda *_, **__: pytest.fail("a method ran again"))
     described = json.loads((folder / "run.json").read_text())["spec"]
     assert run(make_spec(dict(reversed(described.items()))), folder) == audit
+
+
+def test_the_layers_of_every_model_are_read_and_the_lenses_kept(finished: tuple[Path, Audit]) -> None:
+    folder, audit = finished
+    assert sorted(path.name for path in (folder / "lens").iterdir()) == ["gold", "original"]
+    assert Lens.load(folder / "lens" / "gold").provenance["model"] == audit.model("gold").fingerprint
+    for model in audit.models:
+        assert model.scores["forget/legible_probability"].value >= model.scores["forget/answer_probability"].value
+
+
+def test_a_lens_of_other_rows_is_fitted_again(finished: tuple[Path, Audit], trained: Organism, tmp_path: Path) -> None:
+    evidence = RunFolder(tmp_path / "run")
+    controls: dict[Role, Candidate] = {"original": Candidate("original", "original", "", trained.full)}
+    first = lenses.lenses_of("ridge", controls, trained.request, evidence, seed=0).original
+    request = replace(trained.request, retain=trained.request.retain[1:])
+    second = lenses.lenses_of("ridge", controls, request, evidence, seed=0).original
+    assert first.provenance["texts"] != second.provenance["texts"]
+    assert lenses.lenses_of("logit", controls, request, evidence, seed=0).original.kind == "logit"
+
+
+def test_rows_that_tell_of_the_forget_set_are_kept_from_the_lens(trained: Organism, tmp_path: Path) -> None:
+    told = replace(trained.request, retain=(*trained.request.retain, *trained.request.forget))
+    controls: dict[Role, Candidate] = {"original": Candidate("original", "original", "", trained.full)}
+    found = [
+        lenses.lenses_of("ridge", controls, request, RunFolder(tmp_path / name), seed=0).original
+        for name, request in (("clean", trained.request), ("told", told))
+    ]
+    assert found[0].provenance["texts"] == found[1].provenance["texts"]
 
 
 # Refusals.

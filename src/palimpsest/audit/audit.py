@@ -8,6 +8,7 @@ from typing import Any
 from palimpsest.audit.battery import Battery, Reading
 from palimpsest.audit.environment import environment
 from palimpsest.audit.evidence import RunFolder
+from palimpsest.audit.layers import Layers, Lenses
 from palimpsest.audit.results import Audit, Audited, Example, Role, TracePoint
 from palimpsest.audit.verdict import Evidence, judge, margin
 from palimpsest.data.records import QA, Choice, Passage, Text
@@ -49,6 +50,7 @@ def audit(
     spec: Mapping[str, Any],
     max_new_tokens: int = 48,
     tofu: TofuSets | None = None,
+    lenses: Lenses | None = None,
 ) -> Audit:
     """Measure every candidate, write rows and audit into the run folder, and give the audit back.
 
@@ -60,6 +62,7 @@ def audit(
         spec: the resolved specification; its `seed` seeds the intervals.
         max_new_tokens: the longest greedy answer, in tokens.
         tofu: the sets of TOFU's own metrics, where those are wanted.
+        lenses: with which the layers are read, of the original and of gold; without them only behaviour is examined.
 
     Raises:
         SpecError: there is no original, two of one control, or two candidates of one name.
@@ -67,8 +70,9 @@ def audit(
         EvidenceError: a model's score is not a finite number; nothing is written then.
     """
     controls = controls_among(candidates)
-    gold = controls.get("gold")
-    battery = Battery(request, controls["original"].model, gold.model if gold else None, max_new_tokens, tofu)
+    original, gold = controls["original"].model, controls["gold"].model if "gold" in controls else None
+    layers = Layers(lenses, request, original, gold) if lenses else None
+    battery = Battery(request, original, gold, max_new_tokens, tofu, layers)
     readings = _read_all(battery, candidates)
     # Before anything is computed from them: what is not a finite number is refused here, by model and item.
     run.write_scores([row for reading in readings.values() for row in reading.rows])

@@ -6,6 +6,7 @@ from functools import cached_property
 
 from torch import Tensor, tensor
 
+from palimpsest.audit.layers import Layers
 from palimpsest.audit.measures import TOFU_SETS, measures
 from palimpsest.data.records import QA, Choice, Record, Text, subject_of
 from palimpsest.metrics.divergence import kl_per_item
@@ -48,6 +49,8 @@ class Battery:
     max_new_tokens: int = 48
     tofu: TofuSets | None = None
     """The sets of TOFU's own metrics, where those are wanted."""
+    layers: Layers | None = None
+    """How the layers are read, where that is wanted."""
 
     @property
     def sets(self) -> dict[str, tuple[Text, ...]]:
@@ -64,6 +67,10 @@ class Battery:
     @property
     def measures(self) -> tuple[Measure, ...]:
         """What is measured."""
+        return (*self._of_behaviour, *(self.layers.measures if self.layers else ()))
+
+    @property
+    def _of_behaviour(self) -> tuple[Measure, ...]:
         return measures(
             gold=self.gold is not None,
             rewordings=bool(self.request.forget_reworded),
@@ -77,7 +84,7 @@ class Battery:
     @property
     def steps(self) -> int:
         """How many steps `read` reports to its `tick`."""
-        return 2 * len(self.sets) + len(self.choices) + len(self._tofu_sets) + 1
+        return 2 * len(self.sets) + len(self.choices) + len(self._tofu_sets) + 1 + (self.layers is not None)
 
     def read(self, name: str, model: LanguageModel, tick: Callable[[], None]) -> Reading:
         """Measure everything on one model; `tick` is called after each part."""
@@ -117,7 +124,10 @@ class Battery:
         values["retain_unseen/kl_from_original"] = kl_per_item(self.original, model, unseen, template=template)
         tick()
         values |= self._utility(model, tick)
-        rows = (row for measure in self.measures for row in self._rows(name, measure, values[measure.key].tolist()))
+        rows = [row for each in self._of_behaviour for row in self._rows(name, each, values[each.key].tolist())]
+        if self.layers:
+            rows += self.layers.rows(name, model)
+            tick()
         return Reading(
             tuple(rows),
             said,

@@ -4,7 +4,7 @@ Every limit is a share of the distance between the two controls, original and go
 model. It is applied to the controls too: a rule that cannot tell the original from gold proves nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from sys import float_info
 
@@ -22,6 +22,8 @@ RUINED = 0.5
 """Below this share the model is broken."""
 
 WORDINGS = {"forget": "the questions as they were trained", "forget_reworded": "the same questions in other words"}
+LAYERS = "forget/legible_probability"
+"""The measure of what the layers still tell, where they were read."""
 
 
 def margin(original: Score, gold: Score) -> float:
@@ -31,7 +33,7 @@ def margin(original: Score, gold: Score) -> float:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known about one model's behaviour."""
+    """What is known about one model."""
 
     scores: Mapping[str, Score]
     """By `Measure.key`."""
@@ -44,22 +46,29 @@ class Evidence:
 
 
 def judge(evidence: Evidence) -> Verdict:
-    """Is the model broken? Is it still said? Said when asked otherwise? Pushed past gold? Or no different from gold?
+    """Is the model broken? Is it still said? Said when asked otherwise? Legible inside? Pushed past gold? Or like gold?
 
     Behaviour alone never gives *erased*: that takes evidence of the internals and of recovery too.
     """
-    wordings = {on: _wording(evidence, on) for on in WORDINGS if f"{on}/answer_probability" in evidence.scores}
+    wordings = {
+        on: _beside_gold(evidence, f"{on}/answer_probability", f"Asked {asked}")
+        for on, asked in WORDINGS.items()
+        if f"{on}/answer_probability" in evidence.scores
+    }
+    layers = [_beside_gold(evidence, LAYERS, "Read at its most telling layer")] if LAYERS in evidence.scores else []
     overshoot = _overshoot(evidence)
-    outcome, where, summary = _outcome(evidence, wordings, overshoot)
-    forgetting, damage = (*wordings.values(), overshoot), (_health(evidence), _utility(evidence))
+    outcome, where, summary = _outcome(evidence, wordings, layers, overshoot)
+    forgetting, damage = (*wordings.values(), *layers, overshoot), (_health(evidence), _utility(evidence))
     findings = (*damage, *forgetting) if outcome == "broken" else (*forgetting, *damage)
     # The findings that decide come first.
     order = {False: 0, None: 1, True: 2}
-    ordered = sorted((*findings, *_not_examined()), key=lambda finding: order[finding.passed])
+    ordered = sorted((*findings, *_not_examined(evidence)), key=lambda finding: order[finding.passed])
     return Verdict(outcome, where, summary, tuple(ordered))
 
 
-def _outcome(evidence: Evidence, wordings: Mapping[str, Finding], overshoot: Finding) -> tuple[Outcome, str, str]:
+def _outcome(
+    evidence: Evidence, wordings: Mapping[str, Finding], layers: Sequence[Finding], overshoot: Finding
+) -> tuple[Outcome, str, str]:
     if evidence.collapse.collapsed or _share_kept(evidence) < RUINED:
         return "broken", "", "The model is broken, so what it no longer says proves nothing."
     price = _price(evidence)
@@ -71,35 +80,40 @@ def _outcome(evidence: Evidence, wordings: Mapping[str, Finding], overshoot: Fin
     if in_other_words:
         says = "What it hardly says any more when asked as it was trained, it still says when asked in other words"
         return "suppressed", "in other words", f"{says}{price}."
+    if any(finding.passed is False for finding in layers):
+        return "suppressed", "in its layers", f"What it no longer says can still be read in its layers{price}."
     if overshoot.passed is False:
         trace = "The true answers are far less likely than for a model that never read them: a trace of their own"
         return "scrambled", "", f"{trace}{price}."
     if evidence.gold is None:
         why = "There is no gold model to compare with, so nothing here is calibrated"
     elif all(finding.passed for finding in wordings.values()):
-        why = (
-            "It gives the forgotten answers no more readily than a model that never read them; "
+        inside = (
             "whether they are erased inside was not examined"
+            if not layers
+            else "a lens finds no more in its layers, which proves no erasure yet"
+            if all(finding.passed for finding in layers)
+            else "what its layers still tell does not decide"
         )
+        why = f"It gives the forgotten answers no more readily than a model that never read them; {inside}"
     else:
         why = "The evidence is too weak to tell it from a model that never read the forget set, or to call it equal"
     return "inconclusive", "", f"{why}{price}."
 
 
-def _wording(evidence: Evidence, on: str) -> Finding:
-    """Against gold by TOST; without gold only a plain 'still says it' can be found."""
-    key = f"{on}/answer_probability"
-    score, original, asked = evidence.scores[key], evidence.original[key], WORDINGS[on]
+def _beside_gold(evidence: Evidence, key: str, how: str) -> Finding:
+    """A probability of the answers against gold's by TOST; without gold only a plain 'it is still there' is found."""
+    score, original = evidence.scores[key], evidence.original[key]
     if evidence.gold is None:
         statement = (
-            f"Asked {asked}: answer probability {score.value:.3f}, the original's is {original.value:.3f}; "
+            f"{how}: answer probability {score.value:.3f}, the original's is {original.value:.3f}; "
             "there is no gold to compare with."
         )
-        return Finding(False if _nearer_original(evidence, on) else None, statement)
+        return Finding(False if score.value > original.value / 2 else None, statement)
     gold = evidence.gold[key]
     compared = evidence.against_gold.get(key)
     numbers = (
-        f"Asked {asked}: answer probability {score.value:.3f} beside gold's {gold.value:.3f} "
+        f"{how}: answer probability {score.value:.3f} beside gold's {gold.value:.3f} "
         f"and the original's {original.value:.3f}"
     )
     if original.low <= gold.high:
@@ -170,9 +184,12 @@ def _health(evidence: Evidence) -> Finding:
     return Finding(True, "Its answers to unseen retain questions are as varied as the original's.")
 
 
-def _not_examined() -> tuple[Finding, ...]:
+def _not_examined(evidence: Evidence) -> tuple[Finding, ...]:
+    lenses_alone = "Internals (is it still inside?) were read with lenses alone, which find what a lens can read."
     return (
-        Finding(None, "Internals (is it still inside?) were not examined."),
+        Finding(
+            None, lenses_alone if LAYERS in evidence.scores else "Internals (is it still inside?) were not examined."
+        ),
         Finding(None, "Recovery (can it be brought back?) was not tried."),
     )
 

@@ -21,6 +21,9 @@ def audit(
     format: Format = None,
     template: TemplateName = "plain",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest greedy answer, in tokens.")] = 48,
+    lens: Annotated[
+        str, typer.Option(help="With what the layers are read: tuned, ridge, jacobian, logit, or none.")
+    ] = "tuned",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -28,7 +31,7 @@ def audit(
     with console.status("loading torch and transformers"):
         from palimpsest.run.pipeline import audit_candidates, load_candidates
         from palimpsest.run.sources import request_from_files
-        from palimpsest.run.spec import check_template
+        from palimpsest.run.spec import check_lens, check_template
 
     asked = {
         "model": model,
@@ -40,12 +43,14 @@ def audit(
         "format": format,
         "template": template,
         "max_new_tokens": max_new_tokens,
+        "lens": lens,
         "seed": seed,
     }
+    kind = check_lens(lens)
     request = request_from_files(forget, retain, format=format, template=check_template(template), seed=seed)
     candidates = load_candidates(model, original=original, gold=gold, sham=sham)
     title = f"Audit of {candidates[-1].name}"
-    found = audit_candidates(request, candidates, out, title=title, spec=asked)
+    found = audit_candidates(request, candidates, out, title=title, spec=asked, lens=kind)
     page = out / "report.html"
     if as_json:
         print_json({"report": str(page), **verdicts_json(found)})

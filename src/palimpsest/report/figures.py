@@ -1,14 +1,15 @@
-"""The geometry of the two figures: forgetting against damage (drawn by plotly.js), and dots with intervals (SVG).
+"""The figures' geometry: forgetting against damage (by plotly.js), dots with intervals, what layers tell (both SVG).
 
 A colour is written `@name` and stands for the page's CSS variable `--name`, so that one figure serves light and dark.
 """
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from palimpsest.audit.layers import BY_LAYER
 from palimpsest.audit.results import Audit, Audited
 from palimpsest.metrics.scores import Measure, Score
 from palimpsest.report.text import interval, number
@@ -73,6 +74,29 @@ class Panel:
     """Gold's value."""
     zone: tuple[float, float] | None
     """Gold's value plus and minus the margin of equivalence, clipped to the panel."""
+
+
+@dataclass(frozen=True)
+class LayerCurve:
+    """A model's answer probability, layer by layer; places are shares of the chart's width and height, from above."""
+
+    name: str
+    kind: str
+    places: tuple[tuple[float, float], ...]
+    lows: tuple[tuple[float, float], ...]
+    """The intervals' lower ends, layer by layer."""
+    highs: tuple[tuple[float, float], ...]
+    scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True)
+class LayerChart:
+    """One unlearned model among the controls; its own curve is the last."""
+
+    model: Audited
+    curves: tuple[LayerCurve, ...]
+    layers: tuple[str, ...]
+    """Names, from what the first block reads to the model itself."""
 
 
 def kind(model: Audited) -> str:
@@ -150,8 +174,37 @@ def trade_off(spots: Sequence[Place]) -> dict[str, Any]:
 
 def panels(audit: Audit) -> list[Panel]:
     """One panel for each measure on the forget side that anything was scored on."""
-    forget_side = [measure for measure in audit.measures if measure.on.startswith("forget")]
+    forget_side = [measure for measure in audit.measures if measure.on.startswith("forget") and measure.on != BY_LAYER]
     return [panel for measure in forget_side if (panel := _panel(audit, measure)).dots]
+
+
+def layer_charts(audit: Audit) -> list[LayerChart]:
+    """One chart for each unlearned model whose layers were read."""
+    keys = [measure.key for measure in audit.measures if measure.on == BY_LAYER]
+    layers = (*(str(layer) for layer in range(len(keys) - 1)), "model")
+    read = [model for model in audit.models if keys and all(key in model.scores for key in keys)]
+    controls = [model for model in read if model.role != "unlearned"]
+    return [
+        LayerChart(model, tuple(_curve(each, keys) for each in (*controls, model)), layers)
+        for model in read
+        if model.role == "unlearned"
+    ]
+
+
+def _curve(model: Audited, keys: Sequence[str]) -> LayerCurve:
+    scores = tuple(model.scores[key] for key in keys)
+
+    def places(heights: Iterable[float]) -> tuple[tuple[float, float], ...]:
+        return tuple((layer / (len(keys) - 1), 1 - height) for layer, height in enumerate(heights))
+
+    return LayerCurve(
+        model.name,
+        kind(model),
+        places(score.value for score in scores),
+        places(score.low for score in scores),
+        places(score.high for score in scores),
+        scores,
+    )
 
 
 def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:

@@ -44,6 +44,7 @@ def render_html(audit: Audit) -> str:
             places=spots,
             trade_off=figures.trade_off(spots) if spots else None,
             panels=figures.panels(audit),
+            layer_charts=figures.layer_charts(audit),
             sets=by_set(audit),
             compared={m.key: [model for model in audit.models if m.key in model.against_gold] for m in audit.measures},
             facts=facts(audit) if audit.examples else None,

@@ -30,6 +30,7 @@ EXPECTED: dict[Role, tuple[Outcome, ...]] = {
 _SETS = {
     "forget": "Forget set",
     "forget_reworded": "Forget set, reworded",
+    "forget_layers": "Forget set, layer by layer",
     "retain_unseen": "Retain text, unseen",
 }
 

@@ -19,6 +19,7 @@ from palimpsest.metrics.likelihood import answer_probability
 from palimpsest.models.language_model import LanguageModel, load
 from palimpsest.models.organism import Controls, cache_folder, train_controls, train_sham
 from palimpsest.report.draw import draw
+from palimpsest.run.lenses import LensKind, lenses_of
 from palimpsest.run.places import require_place
 from palimpsest.run.sources import Source, open_source
 from palimpsest.run.spec import GivenModel, Sham, Spec, TrainedModel
@@ -41,8 +42,9 @@ def run(spec: Spec, folder: str | Path) -> Audit:
     evidence = open_run(folder, spec.resolved())
     source = open_source(spec)
     controls = controls_of(spec, source)
-    controls_among(list(controls.values()))  # refuses what cannot be audited before anything is written
+    by_role = controls_among(list(controls.values()))  # refuses what cannot be audited before anything is written
     _describe(evidence, spec.resolved(), controls.values(), source.request)
+    lenses = lenses_of(spec.lens, by_role, source.request, evidence, seed=spec.seed) if spec.lens else None
     original = controls["original"].model
     stop = spec.stop.stop(forget_level(controls["gold"].model, source.request) if "gold" in controls else None)
     candidates = list(controls.values())
@@ -59,13 +61,20 @@ def run(spec: Spec, folder: str | Path) -> Audit:
         spec=spec.resolved(),
         max_new_tokens=spec.max_new_tokens,
         tofu=source.tofu,
+        lenses=lenses,
     )
     draw(evidence)
     return found
 
 
 def audit_candidates(
-    request: Request, candidates: Sequence[Candidate], folder: str | Path, *, title: str, spec: Mapping[str, Any]
+    request: Request,
+    candidates: Sequence[Candidate],
+    folder: str | Path,
+    *,
+    title: str,
+    spec: Mapping[str, Any],
+    lens: LensKind | None = "tuned",
 ) -> Audit:
     """Audit models that exist; evidence and report are in `folder` when it returns.
 
@@ -75,16 +84,20 @@ def audit_candidates(
         folder: the run folder.
         title: the report's heading.
         spec: plain data that says what was asked, `seed` and `max_new_tokens` among it.
+        lens: with which kind the layers are read; None leaves them unread.
 
     Raises:
         SpecError: the folder holds another run, or the candidates cannot be audited together.
         ModelError: a candidate's tokenizer is not the original's.
         StorageError: the folder cannot be written, or holds other files.
     """
-    controls_among(candidates)  # refuses what cannot be audited before anything is written
+    controls = controls_among(candidates)  # refuses what cannot be audited before anything is written
     evidence = open_run(folder, spec)
     _describe(evidence, spec, candidates, request)
-    found = audit(request, candidates, evidence, title=title, spec=spec, max_new_tokens=spec["max_new_tokens"])
+    lenses = lenses_of(lens, controls, request, evidence, seed=spec["seed"]) if lens else None
+    found = audit(
+        request, candidates, evidence, title=title, spec=spec, max_new_tokens=spec["max_new_tokens"], lenses=lenses
+    )
     draw(evidence)
     return found
 

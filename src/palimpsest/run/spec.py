@@ -20,6 +20,7 @@ from palimpsest.errors import SpecError
 from palimpsest.models.organism import Architecture, Recipe
 from palimpsest.models.training import TrainingSettings
 from palimpsest.run.data import FactsSource, FileSource, Strict, TofuSource, WmdpSource
+from palimpsest.run.lenses import LensKind
 from palimpsest.run.mistakes import explain, nearest
 from palimpsest.unlearn.method import Method
 from palimpsest.unlearn.methods import METHODS
@@ -123,6 +124,7 @@ class Spec(Strict):
     methods: Annotated[tuple[Annotated[Any, BeforeValidator(_method)], ...], Field(min_length=1)]
     stop: StopSpec = StopSpec()
     max_new_tokens: int = Field(48, ge=1)
+    lens: LensKind | None = "tuned"
 
     @model_validator(mode="before")
     @classmethod
@@ -233,6 +235,18 @@ def check_template(name: str) -> Template:
     if name not in get_args(Template):
         raise SpecError(f"--template {name}: unknown{nearest(name, get_args(Template))}")
     return name  # type: ignore[return-value]
+
+
+def check_lens(name: str) -> LensKind | None:
+    """The kind of lens of that name; None for `none`.
+
+    Raises:
+        SpecError: there is no such kind.
+    """
+    kinds = (*get_args(LensKind), "none")
+    if name not in kinds:
+        raise SpecError(f"--lens {name}: unknown{nearest(name, kinds)}; choose {', '.join(kinds)}")
+    return None if name == "none" else name  # type: ignore[return-value]
 
 
 def _mistake(error: ValidationError) -> str:
