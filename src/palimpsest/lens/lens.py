@@ -46,6 +46,8 @@ class Lens:
     def translate(self, hidden: Tensor, layer: int) -> Tensor:
         """[..., d] what the final norm would read; at layer L, and in a logit lens, `hidden` itself. Gradients flow.
 
+        This is what TransformerLens's `logit_lens` takes as its `lens`: it counts layers alike.
+
         Raises:
             ModelError: there is no such layer.
         """
