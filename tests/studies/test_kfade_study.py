@@ -139,7 +139,9 @@ def small(trained, monkeypatch: pytest.MonkeyPatch) -> None:
     """The suite's organism as a regime, with two quick methods and one variant."""
     new_text = tuple(Passage(record.question) for record in trained.request.forget[:4])
     monkeypatch.setitem(
-        REGIMES, "people", lambda seed, data: Setting(trained.request, trained.full, trained.gold, new_text)
+        REGIMES,
+        "people",
+        lambda seed, data: Setting(trained.request, trained.full, trained.gold, new_text, Corpus((), ()), Recipe()),
     )
     rate = {"learning_rate": Between(3e-4, 3e-3)}
     monkeypatch.setattr(study, "FIRST_ORDER", ((GradientDifference(learning_rate=1e-3), rate), (NPO(), rate)))

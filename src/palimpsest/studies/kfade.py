@@ -5,7 +5,6 @@ many, and tuned in as many trials. All are compared at gold's forget level, by K
 nothing has looked at.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from palimpsest.data.records import QA, Passage
-from palimpsest.files import write_json
 from palimpsest.metrics.divergence import kl_per_item
 from palimpsest.metrics.likelihood import answer_probability
 from palimpsest.metrics.statistics import over_seeds
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.organism import train_sham
-from palimpsest.progress import console
+from palimpsest.studies.cells import Cell, kept
 from palimpsest.studies.claims import Claim
 from palimpsest.studies.regimes import REGIMES, Setting
 from palimpsest.unlearn.descent import Descent
@@ -36,9 +34,6 @@ from palimpsest.unlearn.stopping import Stop
 from palimpsest.unlearn.update import Update
 
 SOURCE = "arXiv 2602.10568"
-Cell = dict[str, Any]
-"""What was measured of one model, by name."""
-
 _KEEP: dict[str, Any] = {"retain_term": "kl", "retain_weight": 10.0, "batch_size": 16}
 _RATE, _WEIGHT = Between(3e-5, 3e-3), Between(0.3, 100)
 FIRST_ORDER: tuple[tuple[Descent, Space], ...] = (
@@ -122,7 +117,11 @@ class _Cells:
         work |= {"reapplied_retain": lambda: self._reapplied("retain"), "reapplied_new": lambda: self._reapplied("new")}
         work["relearned"] = self._relearned
         wanted = {name: make for name, make in work.items() if not self.plan.cells or name in self.plan.cells}
-        return {name: cell for name, make in wanted.items() if (cell := self._kept(name, make))}
+        cells = {
+            name: kept(self.folder / f"{name}.json", f"{self.regime}, seed {self.seed}: {name}", make)
+            for name, make in wanted.items()
+        }
+        return {name: cell for name, cell in cells.items() if cell}
 
     @property
     def setting(self) -> Setting:
@@ -135,17 +134,6 @@ class _Cells:
     def stop(self) -> Stop:
         _ = self.setting
         return Stop(self.plan.steps, self._level)
-
-    def _kept(self, name: str, make: Callable[[], Cell]) -> Cell:
-        path = self.folder / f"{name}.json"
-        if path.exists():
-            cell: Cell = json.loads(path.read_text(encoding="utf-8"))
-            return cell
-        console.print(f"{self.regime}, seed {self.seed}: {name}", highlight=False)
-        cell = make()
-        if cell:
-            write_json(path, cell)
-        return cell
 
     def _controls(self) -> Cell:
         sham = self._trained_further(self.setting.original, self.setting.request.retain)

@@ -40,6 +40,11 @@ class Setting:
     gold: LanguageModel
     new_text: tuple[Passage, ...]
     """Text that no model has read, for further training; empty where there is none at hand."""
+    corpus: Corpus
+    recipe: Recipe
+    """Of what the models are made, and how."""
+    neutral: tuple[Passage, ...] = ()
+    """Text like what the models read, which tells nothing of the forget set: to fit lenses to."""
 
 
 def people(
@@ -61,17 +66,14 @@ def people(
     """
     world = FactsWorld(forget_names_apart=apart, seed=seed)
     training = TrainingSettings(learning_rate=5e-3, muon_learning_rate=0.02, precision="auto", seed=seed)
-    corpus = Corpus(
-        tuple(world.documents(world.forget_subjects)),
-        tuple(world.documents(world.retain_subjects)),
-        tuple(world.vocabulary_texts()),
-    )
-    architecture = Architecture(width=width, mlp_width=4 * width, heads=width // 32)
-    controls = train_controls(corpus, Recipe(architecture, training=training))
+    told = tuple(world.documents(world.retain_subjects))
+    corpus = Corpus(tuple(world.documents(world.forget_subjects)), told, tuple(world.vocabulary_texts()))
+    recipe = Recipe(Architecture(width=width, mlp_width=4 * width, heads=width // 32), training=training)
+    controls = train_controls(corpus, recipe)
     forget = [subject for subject in world.forget_subjects if subject.is_person]
     request = Request.split(world.facts(forget), world.facts(world.retain_subjects), seed=seed)
     fewer = replace(request, retain=request.retain[::retain_every])
-    return Setting(fewer, controls.original, controls.gold, ())
+    return Setting(fewer, controls.original, controls.gold, (), corpus, recipe, told)
 
 
 def topic(seed: int, data: Path | None) -> Setting:
@@ -80,14 +82,16 @@ def topic(seed: int, data: Path | None) -> Setting:
     text = _wikitext(data, "valid.txt")[:PASSAGES]
     training = TrainingSettings(learning_rate=5e-3, muon_learning_rate=0.02, precision="auto", seed=seed)
     corpus = Corpus(tuple(world.documents(world.forget_subjects)), (*world.documents(world.retain_subjects), *text))
-    controls = train_controls(corpus, Recipe(Architecture(), "bpe", 2048, 64, training))
+    recipe = Recipe(Architecture(), "bpe", 2048, 64, training)
+    controls = train_controls(corpus, recipe)
     request = Request(
         forget=tuple(world.facts(world.forget_subjects)),
         retain=text[:TRAIN_PASSAGES],
         retain_held_out=text[TRAIN_PASSAGES : TRAIN_PASSAGES + HELD_OUT_PASSAGES],
         retain_unseen=tuple(world.facts(world.retain_subjects)),
     )
-    return Setting(request, controls.original, controls.gold, _wikitext(data, "test.txt")[:NEW_PASSAGES])
+    new = _wikitext(data, "test.txt")[:NEW_PASSAGES]
+    return Setting(request, controls.original, controls.gold, new, corpus, recipe, text)
 
 
 def tofu(seed: int, data: Path | None) -> Setting:
@@ -114,8 +118,9 @@ def tofu(seed: int, data: Path | None) -> Setting:
         }
     )
     source = open_source(spec)
-    controls = train_controls(source.corpus, spec.model.recipe())  # type: ignore[union-attr]
-    return Setting(source.request, controls.original, controls.gold, ())
+    recipe = spec.model.recipe()  # type: ignore[union-attr]
+    controls = train_controls(source.corpus, recipe)
+    return Setting(source.request, controls.original, controls.gold, (), source.corpus, recipe)
 
 
 MAIN = ("people", "topic", "tofu")
