@@ -360,4 +360,8 @@ def test_a_full_disk(room: Path, small_disk: Path, what: str) -> None:
     left = {name for name in bytes_of(small_disk) if name != "filler"}
     assert not [name for name in left if "change" in name]
     # What the run folder holds is whole: it can be gone on with.
-    assert left <= {"run", "run/run.json", "run/ledger.jsonl", "run/scores.parquet", "run/audit.json"}
+    assert left <= {
+        "run",
+        "run/lens",
+        *(f"run/{name}" for name in ("run.json", "ledger.jsonl", "scores.parquet", "audit.json")),
+    }
