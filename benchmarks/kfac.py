@@ -25,9 +25,7 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
+from usage import DEVICE, Stopwatch, now, peak_memory
 
 from palimpsest.curvature import curvature
 from palimpsest.curvature.blocks import Block
@@ -66,7 +65,6 @@ STAGES = {
     },
 }
 """What each side calls the stages."""
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -206,7 +204,7 @@ def _ours(size: Size, _: Path) -> dict[str, Any]:
     model, rows, clock = _model(size), _rows(size), Stopwatch()
     for stage, name in STAGES["ours"].items():
         setattr(curvature, name, clock.profile(stage)(getattr(curvature, name)))
-    with _peak_memory() as memory, clock.profile("fit"):
+    with peak_memory() as memory, clock.profile("fit"):
         fit(model, rows)
     return {
         "seconds": clock.wall.pop("fit"),
@@ -253,7 +251,7 @@ def _kronfluence(size: Size, folder: Path) -> dict[str, Any]:
     fit(analyzer(tiny, "warm"), tiny, torch.zeros(tiny.rows, tiny.length - 1, dtype=torch.long))
     timed, labels, clock = analyzer(size, "timed"), load_file(folder / "labels.safetensors")["labels"], Stopwatch()
     timed.profiler = clock
-    with _peak_memory() as memory:
+    with peak_memory() as memory:
         fit(timed, size, labels)
     stages = {stage: clock.wall[name] for stage, name in STAGES["kronfluence"].items()}
     cpu = sum(clock.cpu[name] for name in STAGES["kronfluence"].values())
@@ -321,63 +319,15 @@ def _flops() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm})
 
 
-class Stopwatch:
-    """Seconds of named stages on the clock and of the processor; kronfluence takes it for its profiler."""
-
-    def __init__(self) -> None:
-        self.wall: dict[str, float] = {}
-        self.cpu: dict[str, float] = {}
-
-    @contextmanager
-    def profile(self, stage: str) -> Iterator[None]:
-        """Add what happens inside to the stage's seconds."""
-        started, worked = _now(), time.process_time()
-        yield
-        self.wall[stage] = self.wall.get(stage, 0.0) + _now() - started
-        self.cpu[stage] = self.cpu.get(stage, 0.0) + time.process_time() - worked
-
-    def summary(self) -> str:
-        """Nothing to be written to a file."""
-        return ""
-
-
-@contextmanager
-def _peak_memory() -> Iterator[dict[str, float]]:
-    """MiB: the peak of what happens inside, above what was held before it (`fit`) and in all (`process`)."""
-    memory: dict[str, float] = {}
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the highest so far is what there is now
-    before = _memory("VmRSS")
-    yield memory
-    peak = _memory("VmHWM")
-    memory |= {"fit": (peak - before) / 2**20, "process": peak / 2**20}
-
-
-def _memory(which: str) -> int:
-    """Bytes held now (VmRSS) or at most so far (VmHWM)."""
-    if DEVICE == "cuda":
-        return torch.cuda.memory_allocated() if which == "VmRSS" else torch.cuda.max_memory_allocated()
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
-    return int(line.split()[1]) * 1024
-
-
-def _now() -> float:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def _gemm_rate() -> float:
     """FLOP/s of one large fp32 product."""
     width = 8192 if DEVICE == "cuda" else 2048
     left, right = torch.randn(2, width, width, device=DEVICE)
     seconds = []
     for _ in range(6):
-        started = _now()
+        started = now()
         left @ right
-        seconds.append(_now() - started)
+        seconds.append(now() - started)
     return 2 * width**3 / median(seconds[1:])
 
 
