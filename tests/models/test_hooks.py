@@ -105,6 +105,17 @@ def test_capture_never_asks_for_hidden_states():
     assert not model.network.config.output_hidden_states
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_capture_computes_no_logits_and_leaves_the_head_as_it_was(family):
+    model, batch = tiny_model(family), tiny_batch(4, 6)
+    before, widths = logits_of(model, batch), []
+    handle = model.anatomy.unembedding.register_forward_hook(lambda _, __, out: widths.append(out.shape[1]))
+    capture(model, batch, model.anatomy.sites())
+    handle.remove()
+    assert widths == [0]
+    assert torch.equal(logits_of(model, batch), before)
+
+
 def test_capture_is_in_eval_mode_and_puts_training_mode_back():
     model, batch = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5), tiny_batch(5)
     site = Site("resid", 2)

@@ -15,6 +15,8 @@ from palimpsest.models.language_model import LanguageModel
 
 LONGEST = 512
 """Tokens of a text that are read together, unless the model takes fewer."""
+TOGETHER = 1024
+"""Tokens read at a time, at most, where a text is not longer by itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +32,15 @@ class Hidden:
 
 
 def read_layers(model: LanguageModel, encoded: Sequence[Encoded], *, batch_size: int = 16) -> Iterator[Hidden]:
-    """Every token of every row, rows of like length together; padding is left out."""
+    """Every token of every row, rows of like length together; padding is left out.
+
+    Args:
+        model: whose layers are read.
+        encoded: the rows.
+        batch_size: rows at a time, at most; fewer where they are long (`TOGETHER`). It changes nothing.
+    """
+    longest = max((len(row.ids) for row in encoded), default=1)
+    batch_size = min(batch_size, max(1, TOGETHER // longest))
     sites = [Site("resid", layer) for layer in range(-1, model.anatomy.n_layers)]
     for batch in batches(encoded, batch_size=batch_size):
         store = capture(model, batch.to(model.device), sites)

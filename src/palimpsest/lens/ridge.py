@@ -39,13 +39,16 @@ class Moments:
 
     def add(self, layers: Tensor) -> None:
         """Count tokens: what each layer reads and last what the final norm reads, [L + 1, N, d]."""
-        states = layers.double()
-        weights = 1 / states[-1].square().mean(-1).clamp(min=1e-30)
+        target = layers[-1].double()
+        weights = 1 / target.square().mean(-1).clamp(min=1e-30)
+        target = target * weights[:, None]
         self.weight += weights.sum()
-        self.sums += torch.einsum("lnd,n->ld", states, weights)
-        target = states[-1] * weights[:, None]
-        for layer, x in enumerate(states[:-1]):
-            self.inputs[layer].addmm_((x * weights[:, None]).T, x)
+        self.sums[-1] += target.sum(0)
+        for layer, states in enumerate(layers[:-1]):
+            x = states.double()
+            weighted = x * weights[:, None]
+            self.sums[layer] += weighted.sum(0)
+            self.inputs[layer].addmm_(weighted.T, x)
             self.crossed[layer].addmm_(x.T, target)
 
     def share(self, workers: Workers) -> None:

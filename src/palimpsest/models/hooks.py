@@ -36,15 +36,21 @@ class Patch:
 def capture(model: LanguageModel, batch: Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
     """The activations [B, T, d] of one forward pass, in eval mode: detached, cloned, of the network's type.
 
+    No logits are computed: over a large vocabulary they would cost more than all else.
     Those at padding positions mean nothing; select with `batch.attention`.
 
     Raises:
         ModelError: a site that this model does not have.
     """
-    # Inference tensors could not be trained on later, so gradients are only switched off.
-    with evaluating(model) as network, torch.inference_mode(False), torch.no_grad():
-        with capturing(model.anatomy, sites, batch.ids.shape) as store:
-            network(**forward_inputs(network, batch))
+    head = model.anatomy.unembedding
+    handle = head.register_forward_pre_hook(lambda _, given: (given[0][:, :0], *given[1:]))
+    try:
+        # Inference tensors could not be trained on later, so gradients are only switched off.
+        with evaluating(model) as network, torch.inference_mode(False), torch.no_grad():
+            with capturing(model.anatomy, sites, batch.ids.shape) as store:
+                network(**forward_inputs(network, batch))
+    finally:
+        handle.remove()
     return store
 
 
