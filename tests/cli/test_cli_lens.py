@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tests.conftest import Organism
 from tests.tiny import bytes_of, invoke
 
 from palimpsest.data.readers import write_records
+from palimpsest.lens.detection import DETECTORS
 from palimpsest.lens.lens import Lens
 from palimpsest.models.language_model import load
 
@@ -95,6 +97,15 @@ def test_models_are_shown_side_by_side(room: Path, lens: Path, tmp_path: Path) -
         (["fit", "full", "forget.jsonl", "--forget", "forget.jsonl", "--out", "new"], "texts tell of the forget set"),
         (["fit", "full", "retain.jsonl", "--kind", "affine", "--out", "new"], "kind 'affine' is unknown; choose ridge"),
         (["fit", "full", "retain.jsonl", "--out", "full"], "holds other files, which would be lost"),
+        (["detect", "full", "--normal", "retain.jsonl", "--suspects", "no.jsonl"], "no.jsonl: there is no such file"),
+        (
+            ["detect", "gold", "--normal", "retain.jsonl", "--suspects", "forget.jsonl", "--lens", "lens"],
+            "this lens was made for another unembedding",
+        ),
+        (
+            ["detect", "full", "--normal", "retain.jsonl", "--suspects", "retain.jsonl", "--lens", "."],
+            "no config.json there",
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(
@@ -129,3 +140,58 @@ def test_a_lens_is_tried_on_another_model(room: Path, lens: Path) -> None:
     )
     assert code == 0, error
     assert all(card["calibration"] is None for cards in json.loads(out).values() for card in cards)
+
+
+def test_suspects_are_told_from_normal_rows_that_were_held_out(room: Path, lens: Path, trained: Organism) -> None:
+    asked = ["lens", "detect", room / "full", "--normal", room / "retain.jsonl", "--suspects", room / "forget.jsonl"]
+    code, out, error = invoke(*asked, "--lens", lens, "--seed", 1)
+    assert code == 0, error
+    header, *rows = [line.split() for line in out.splitlines() if line.strip() and "─" not in line]
+    assert header == ["detector", "AUROC"] and [row[0] for row in rows] == list(DETECTORS)
+    assert all(float(low) <= float(value) <= float(high) for _, value, low, high in (numbers(row) for row in rows))
+    code, out, error = invoke(*asked, "--lens", lens, "--seed", 1, "--json")
+    found = json.loads(out)
+    assert code == 0 and list(found["detectors"]) == list(DETECTORS) and found["lens"] == "tuned"
+    assert [suspect["id"] for suspect in found["suspects"]] == [record.id for record in trained.request.forget]
+    assert all(
+        list(row["scores"]) == list(DETECTORS) and row["compared"] for row in found["suspects"] + found["held_out"]
+    )
+    assert len(found["held_out"]) + found["fitted_to"] == len(trained.request.retain)
+    for row, (name, auc) in zip(rows, found["detectors"].items(), strict=True):
+        assert numbers(row)[:2] == [name, f"{auc['auroc']:.3f}"]
+        sides = [[row["scores"][name] for row in found[side]] for side in ("held_out", "suspects")]
+        won = [(normal < suspect) + (normal == suspect) / 2 for normal in sides[0] for suspect in sides[1]]
+        assert sum(won) / len(won) == pytest.approx(auc["auroc"])
+
+
+def numbers(row: list[str]) -> list[str]:
+    """A detector, its AUROC, and its interval's ends."""
+    name, value, interval = row
+    return [name, value, *interval.strip("()").split("-")]
+
+
+def test_a_length_that_gives_suspects_away_is_said(room: Path, trained: Organism, tmp_path: Path) -> None:
+    normal = [replace(row, subject=None) for row in trained.request.retain]
+    longer = [replace(row, question=f"{row.question} Now say so.", id=f"{row.id} too") for row in normal]
+    for name, rows in {"normal": normal, "longer": longer, "both": longer + normal}.items():
+        write_records(rows, tmp_path / f"{name}.jsonl")
+    asked = ["lens", "detect", room / "full", "--normal", tmp_path / "normal.jsonl", "--suspects"]
+    code, out, error = invoke(*asked, tmp_path / "longer.jsonl")
+    assert code == 0 and "length" in out
+    (line,) = [line for line in error.splitlines() if line.strip()]
+    assert line.startswith("warning: length alone has an AUROC of ")
+    assert "suspects are longer than normal rows" in line
+    code, out, error = invoke(*asked, tmp_path / "both.jsonl", "--json")
+    found = json.loads(out)
+    left_out = sum(not row["compared"] for row in found["suspects"])
+    assert code == 0 and left_out == found["fitted_to"] == len(normal) // 2 and error.count("warning: ") == 2
+    assert found["notes"][1].startswith(f"{left_out} of {2 * len(normal)} suspects are about subjects that the detect")
+
+
+def test_rows_of_the_same_length_are_not_warned_of(room: Path, trained: Organism, tmp_path: Path) -> None:
+    write_records(
+        [replace(row, subject=None, id=f"{row.id} too") for row in trained.request.retain], tmp_path / "s.jsonl"
+    )
+    asked = ["lens", "detect", room / "full", "--normal", room / "retain.jsonl", "--suspects", tmp_path / "s.jsonl"]
+    code, _, error = invoke(*asked)
+    assert code == 0 and error.strip() == ""

@@ -174,6 +174,16 @@ def test_audit_of_a_model_folder_without_gold(organism: Path, change: Path, tmp_
     assert found["models"]["changed"]["verdict"] in ("inconclusive", "suppressed", "broken", "remembered")
 
 
+def test_the_layers_are_read_unless_told_otherwise(audited: Path, organism: Path, change: Path, tmp_path: Path) -> None:
+    assert (audited / "lens" / "original" / "lens.json").exists()
+    bare = ["audit", change, "--original", organism / "full", *rows_of(organism), "--max-new-tokens", 2]
+    code, _, err = invoke(*bare, "--out", tmp_path / "bare", "--lens", "tunned")
+    assert code == 2 and "--lens tunned: unknown; did you mean 'tuned'" in err and not (tmp_path / "bare").exists()
+    assert invoke(*bare, "--out", tmp_path / "bare", "--lens", "none")[0] == 1
+    keys = {measure["name"] for measure in json.loads((tmp_path / "bare" / "audit.json").read_text())["measures"]}
+    assert not (tmp_path / "bare" / "lens").exists() and "legible_probability" not in keys
+
+
 def test_a_verdict_of_erased_exits_with_0(audit: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = palimpsest.run.pipeline.audit_candidates
 
@@ -287,9 +297,9 @@ def test_the_verbs() -> None:
             "metrics open-unlearning",
             "metrics membership",
         ),
-        *("lens", "lens fit", "lens eval", "lens show"),
+        *("lens", "lens fit", "lens eval", "lens show", "lens detect"),
         *("update", "update show", "update reapply", "update adapter"),
-        *("studies", "studies run", "studies run kfade", "studies run task_forgetting"),
+        *("studies", *(f"studies run {name}".strip() for name in ("", "kfade", "task_forgetting", "tuned_lens"))),
     }
 
 

@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palimpsest.cli.output import Json, print_json
+from palimpsest.cli.output import Json, print_json, warn
 from palimpsest.errors import SpecError
 from palimpsest.progress import console
 
 if TYPE_CHECKING:
     from palimpsest.data.records import Record
     from palimpsest.lens.card import LayerCard
+    from palimpsest.lens.detection import Detected
     from palimpsest.lens.lens import Lens
+    from palimpsest.metrics.auc import Auc
+    from palimpsest.metrics.statistics import Floats
 
 COLUMNS = {"kl": "KL", "cross_entropy": "cross-entropy", "entropy": "entropy", "agreement": "top-1", "bias": "bias"}
 """What a layer's card has, with headings."""
@@ -187,6 +190,102 @@ def show(
     title = "What the layers of " + ", ".join(model.name for model in loaded) + " believe"
     write_text(out, render_lens_page(title, f"Read with {', '.join(kinds)}.", views))
     typer.echo(str(out))
+
+
+@app.command("detect")
+def detect(
+    model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
+    normal: Annotated[str, typer.Option(help="Rows that are as they should be: half to fit to, half to compare with.")],
+    suspects: Annotated[str, typer.Option(help="Rows of the same kind that may have been tampered with.")],
+    lens: Annotated[str, typer.Option(help="A folder, a resource id of the tuned-lens package, or `logit`.")] = "logit",
+    seed: Annotated[int, typer.Option(help="Of the halves, parted by subject, and of the isolation forest.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Can suspects, prompts with an instruction injected say, be told from normal rows that no detector has seen?
+
+    AUROC is 1 where every suspect looks less normal than every normal row, 0.5 where nothing tells them apart.
+    isolation_forest and lof read what each layer believes: of the candidate answers of multiple choices and of
+    questions with wrong answers (ranked: in the order in which the model believes them in the end), and else of what
+    follows the prompt. mahalanobis and srm read hidden states, perplexity what the prompt costs. length counts its
+    tokens: what it tells apart may be told by length alone. `--json` gives every row's scores.
+    """
+    with console.status("loading torch and transformers"):
+        from palimpsest.data.readers import read_records
+        from palimpsest.data.records import subject_of
+        from palimpsest.lens import detection
+        from palimpsest.lens.others import open_lens
+        from palimpsest.models.language_model import load
+
+    known, held_out = detection.split(read_records(normal), seed=seed)
+    suspicious, loaded = read_records(suspects), load(model)
+    opened = open_lens(lens, loaded)
+    with console.status("reading every layer"):
+        found = detection.detect(opened, loaded, known, held_out, suspicious, seed=seed)
+    notes = _cautions(found["length"])
+    if as_json:
+        fitted = {subject_of(record) for record in known}
+        print_json(
+            {
+                "lens": opened.kind,
+                "fitted_to": len(known),
+                "detectors": {
+                    name: {"auroc": each.auc.value, "low": each.auc.low, "high": each.auc.high}
+                    for name, each in found.items()
+                },
+                "held_out": _scored(held_out, {name: each.held_out for name, each in found.items()}, fitted),
+                "suspects": _scored(suspicious, {name: each.suspects for name, each in found.items()}, fitted),
+                "notes": notes,
+            }
+        )
+    else:
+        _show_aucs({name: each.auc for name, each in found.items()})
+    for note in notes:
+        warn(note)
+
+
+def _scored(records: "list[Record]", scores: "dict[str, Floats]", fitted: set[str]) -> list[dict[str, Any]]:
+    """Every row with its anomaly scores as JSON data."""
+    from palimpsest.data.records import subject_of
+
+    return [
+        {
+            "id": record.id,
+            "subject": subject_of(record),
+            "compared": subject_of(record) not in fitted,
+            "scores": {name: float(values[place]) for name, values in scores.items()},
+        }
+        for place, record in enumerate(records)
+    ]
+
+
+def _cautions(length: "Detected") -> list[str]:
+    """What is to be known before the detectors' numbers are read."""
+    found, notes = length.auc, []
+    if found.low > 0.5 or found.high < 0.5:
+        than = "longer" if found.low > 0.5 else "shorter"
+        notes.append(
+            f"length alone has an AUROC of {found.value:.2f}: suspects are {than} than normal rows, and the other "
+            "detectors may see no more than that; compare with harmless rows of the suspects' length"
+        )
+    if left_out := len(length.suspects) - found.nonmembers:
+        notes.append(
+            f"{left_out} of {len(length.suspects)} suspects are about subjects that the detectors were fitted to; they "
+            "are scored, not compared"
+        )
+    return notes
+
+
+def _show_aucs(aucs: "dict[str, Auc]") -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE)
+    table.add_column("detector")
+    table.add_column("AUROC", justify="right", no_wrap=True)
+    for name, found in aucs.items():
+        table.add_row(name, f"{found.value:.3f} ({found.low:.3f}-{found.high:.3f})")
+    Console().print(table)
 
 
 def _plain(card: "LayerCard") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`palimpsest studies run NAME`: a paper's claims, measured in worlds whose truth is known."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -45,12 +46,30 @@ def kfade(
     with console.status("loading torch and transformers"):
         from palimpsest.studies.kfade import CELLS, Plan, run
         from palimpsest.studies.regimes import MAIN, REGIMES
-    for option, given, known in (("regime", regime, list(REGIMES)), ("cell", cell, CELLS)):
-        for wanted in given or ():
-            if wanted not in known:
-                raise SpecError(f"--{option} {wanted}: unknown; there are {', '.join(known)}")
+    _refuse_unknown("regime", regime, list(REGIMES))
+    _refuse_unknown("cell", cell, CELLS)
     span = range(first_seed, first_seed + seeds)
     _tell(run(Plan(span, regime or MAIN, trials, steps, data, out / "kfade", cell or ())), as_json)
+
+
+@studies.command("tuned_lens")
+def tuned_lens(
+    seeds: Seeds = 3,
+    first_seed: FirstSeed = 0,
+    regime: Annotated[list[str] | None, typer.Option(help="people, topic and injections unless named.")] = None,
+    cell: Annotated[list[str] | None, typer.Option(help="Measure only these, e.g. tuned, upstream_sgd.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The folder that holds wikitext2/.")] = None,
+    out: Out = Path("runs/studies"),
+    as_json: Json = False,
+) -> None:
+    """Is the tuned lens nearer to the model than the logit lens, and does it read what the model uses?"""
+    with console.status("loading torch and transformers"):
+        from palimpsest.studies.tuned_lens import BED, CELLS, MODELS, Plan, run
+    known = (*MODELS, BED)
+    _refuse_unknown("regime", regime, known)
+    _refuse_unknown("cell", cell, CELLS)
+    span = range(first_seed, first_seed + seeds)
+    _tell(run(Plan(span, data, out / "tuned_lens", regime or known, cell or ())), as_json)
 
 
 @studies.command("task_forgetting")
@@ -76,6 +95,12 @@ def task_forgetting(
     claims = run(setting, span, folder)
     _tell(claims, as_json)
     console.print(f"matrices: {folder / 'matrix.html'}", highlight=False)
+
+
+def _refuse_unknown(option: str, given: Sequence[str] | None, known: Sequence[str]) -> None:
+    for wanted in given or ():
+        if wanted not in known:
+            raise SpecError(f"--{option} {wanted}: unknown; there are {', '.join(known)}")
 
 
 def _tell(claims: "list[Claim]", as_json: bool) -> None:

@@ -15,7 +15,8 @@ from palimpsest.lens.lens import Lens
 from palimpsest.lens.readout import SAMPLED, Readout
 from palimpsest.models.language_model import LanguageModel
 
-STATISTICS = ("entropy", "kl", "js", "tv", "logprob", "rank")
+DIVERGENCES = ("entropy", "kl", "js", "tv")
+STATISTICS = (*DIVERGENCES, "logprob", "rank")
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +108,14 @@ def beliefs(
         yield some, [*believed, own_readout.logits(own_readout.z(layers[-1, some])).log_softmax(-1)]
 
 
+def divergences(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, ...]:
+    """[n] each of `DIVERGENCES`: of predictions [n, V], and of them from the model's own."""
+    q, p = log_q.exp(), log_p.exp()
+    log_mean = torch.logaddexp(log_q, log_p) - torch.log(log_q.new_tensor(2.0))
+    js = ((q * (log_q - log_mean)).sum(-1) + (p * (log_p - log_mean)).sum(-1)) / 2
+    return -(q * log_q).sum(-1), (p * (log_p - log_q)).sum(-1), js, (q - p).abs().sum(-1) / 2
+
+
 def _read(lens: Lens, readout: Readout, own_readout: Readout, layers: Tensor, ids: Tensor, top_k: int) -> Trajectory:
     """From the residual stream [L + 1, T, d] at every token."""
     followed_by = torch.cat([ids[1:], ids.new_zeros(1)]).to(layers.device)
@@ -126,17 +135,5 @@ def _read(lens: Lens, readout: Readout, own_readout: Readout, layers: Tensor, id
 def _compared(log_q: Tensor, log_p: Tensor, target: Tensor, top_k: int) -> tuple[Tensor, ...]:
     """What is kept of predictions [n, V] beside the model's own."""
     top = log_q.topk(top_k)
-    q, p = log_q.exp(), log_p.exp()
     logprob = log_q.gather(1, target[:, None])
-    log_mean = torch.logaddexp(log_q, log_p) - torch.log(log_q.new_tensor(2.0))
-    js = ((q * (log_q - log_mean)).sum(-1) + (p * (log_p - log_mean)).sum(-1)) / 2
-    return (
-        top.indices,
-        top.values,
-        -(q * log_q).sum(-1),
-        (p * (log_p - log_q)).sum(-1),
-        js,
-        (q - p).abs().sum(-1) / 2,
-        logprob[:, 0],
-        (log_q > logprob).sum(-1) + 1,
-    )
+    return (top.indices, top.values, *divergences(log_q, log_p), logprob[:, 0], (log_q > logprob).sum(-1) + 1)
