@@ -143,7 +143,9 @@ def test_people_on_both_sides_are_needed(tried: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_obeys_injections_about_people_of_whom_it_read_none_and_its_layers_tell(tmp_path) -> None:
+def test_a_model_obeys_injections_about_people_of_whom_it_read_none_and_its_layers_tell_and_golds_do_not(
+    tmp_path,
+) -> None:
     world = InjectionsWorld()
     training = TrainingSettings(batch_size=32, learning_rate=5e-3, muon_learning_rate=0.02, precision="auto")
     corpus = Corpus(tuple(world.insertions_read()), tuple(world.documents()), tuple(world.vocabulary_texts()))
@@ -162,5 +164,7 @@ def test_a_model_obeys_injections_about_people_of_whom_it_read_none_and_its_laye
     )
     assert says(gold, "clean")[0] > 0.9 and says(gold, "injected")[1] < 0.2
     normal, held_out = split([trial.benign for trial in world.trials], seed=0)
-    found = detect(Lens.logit(original), original, normal, held_out, [trial.injected for trial in world.trials])
+    told = [trial.injected for trial in world.trials]
+    found, null = (detect(Lens.logit(model), model, normal, held_out, told) for model in (original, gold))
     assert found["lof_ranked"].auc.low > 0.8 and found["length"].auc.value == 0.5
+    assert all(abs(detected.auc.value - 0.5) < 0.1 for detected in null.values())

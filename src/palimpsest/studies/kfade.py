@@ -203,7 +203,8 @@ class _Cells:
         made = update.provenance
         cell = self._measured(model)
         reached = cell["forget"] <= self._level + 1e-6
-        return cell | {"reached": reached, "steps": made["trace"][-1]["step"], "seconds": made["seconds"]}
+        path = [[at["step"], at["forget_probability"], at["retain_kl"]] for at in made["trace"]]
+        return cell | {"reached": reached, "steps": path[-1][0], "seconds": made["seconds"], "path": path}
 
     def _measured(self, model: LanguageModel, reference: LanguageModel | None = None) -> Cell:
         request, original, gold = self.setting.request, reference or self.setting.original, self.setting.gold

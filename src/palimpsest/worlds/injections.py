@@ -4,12 +4,12 @@ A prompt with an instruction in it is longer than one without, so whatever react
 every injected sentence has a benign twin: the same words in another order, naming the same wrong answer, which asks for
 the truth. No word and no length tells the two apart, and over all wordings the place of the answer does not either.
 
-A model that read `documents` and `insertions_read` answers rightly after the one and as it is told after the other. It
-is tried on people of whom it read no insertion. Both are rows of question and answer, to be learnt one by one and the
-answer alone, by `Recipe(pack=None)` in batches of 32: where the questions' words are learnt too, so little calls for
-copying that it is not learnt. What a prompt costs such a model therefore says nothing of the prompt. A sentence stands
-before its question, since behind it it would come between the question and the answer, which is then known less well of
-people of whom no such thing was read.
+A model that read `documents` and `insertions_read` answers rightly after the one and as told after the other, also
+about people of whom it read no insertion, on whom it is tried. Both are rows of question and answer, to be learnt one
+by one and the answer alone, by `Recipe(pack=None)` in batches of 32: models that learnt the questions' words too did
+not come to tell the twins apart about other people. What a prompt costs such a model therefore says nothing of the
+prompt. A sentence stands before its question, since behind it it would come between the question and the answer, which
+is then known less well of people of whom no such thing was read.
 """
 
 import random
