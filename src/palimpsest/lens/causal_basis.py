@@ -119,8 +119,7 @@ class _Search:
 
     def influence(self, vector: Tensor) -> Tensor:
         """[N] of one direction at every token."""
-        kl, _ = self.readout.kl(self._z(vector).detach(), self.teacher)
-        return kl
+        return self.readout.kl(self._z(vector).detach(), self.teacher)
 
     def best_direction(self, earlier: Tensor) -> Tensor:
         """[d] of norm 1, orthogonal to the earlier ones [j, d], with the most influence that the search finds."""
@@ -132,7 +131,7 @@ class _Search:
         def closure() -> Tensor:
             optimizer.zero_grad()
             z = self._z(_on_sphere(free, earlier))
-            kl, gradient = self.readout.kl(z.detach(), self.teacher)
+            kl, gradient = self.readout.kl_and_slope(z.detach(), self.teacher)
             z.backward(-gradient / len(z))
             return -kl.mean()
 

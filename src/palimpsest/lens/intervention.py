@@ -84,5 +84,5 @@ def influence_in_the_model(
     for stream in streams(model, rows, layer):
         teacher, mean = readout.teacher(stream.last), mean.to(stream.hidden)
         changed = (mean_ablated(stream.hidden, vector[None].to(stream.hidden), mean) for vector in vectors)
-        found.append(torch.stack([readout.kl(readout.z(stream.after(states)), teacher)[0] for states in changed]))
+        found.append(torch.stack([readout.kl(readout.z(stream.after(states)), teacher) for states in changed]))
     return torch.cat(found, 1).double().cpu()

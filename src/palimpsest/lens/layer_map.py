@@ -102,15 +102,14 @@ def slope(map: Tensor, hidden: Tensor, readout: Readout, teacher: Teacher) -> Te
     inputs = with_ones(hidden)
     residual = (hidden + inputs @ map.T).requires_grad_()
     z = readout.z(residual)
-    _, gradient = readout.kl(z.detach(), teacher)
+    _, gradient = readout.kl_and_slope(z.detach(), teacher)
     z.backward(gradient)
     return _gradient_of(residual).T @ inputs
 
 
 def divergence(map: Tensor, hidden: Tensor, readout: Readout, teacher: Teacher) -> Tensor:
     """[N] KL(model || lens) at tokens [N, d], nats a token."""
-    kl, _ = readout.kl(readout.z(hidden + with_ones(hidden) @ map.T), teacher)
-    return kl
+    return readout.kl(readout.z(hidden + with_ones(hidden) @ map.T), teacher)
 
 
 def _gradient_of(tensor: Tensor) -> Tensor:

@@ -126,13 +126,18 @@ class Readout:
         """What a KL needs of the predictions at z [N, d], by one running softmax over the vocabulary."""
         return _joined([self._expected(some) for some in z.split(TOKENS)])
 
-    def kl(self, z: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor]:
-        """KL(teacher || student) [N], nats a token, and its gradient [N, d] in the student's z [N, d]."""
+    def kl(self, z: Tensor, teacher: Teacher) -> Tensor:
+        """KL(teacher || student) [N], nats a token, for the student's z [N, d]."""
+        if self.cap is None:
+            log_partition = torch.cat([self._log_partition(some) for some in z.split(TOKENS)])
+            return log_partition - self._mean_logit(z, teacher) - teacher.expected.entropy
+        return self.kl_and_slope(z, teacher)[0]
+
+    def kl_and_slope(self, z: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor]:
+        """KL(teacher || student) [N], and its gradient [N, d] in the student's z [N, d]: twice `kl`'s products."""
         student = self.expected(z)
         if self.cap is None:
-            # A student's logits are linear in z, so their mean under the teacher follows from the teacher's mean row.
-            cross = teacher.expected.logit + ((z - teacher.z) * teacher.expected.row).sum(-1)
-            row = teacher.expected.row
+            cross, row = self._mean_logit(z, teacher), teacher.expected.row
         else:
             found = [self._crossed(*some) for some in zip(z.split(TOKENS), _split(teacher), strict=True)]
             cross, row = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -148,6 +153,16 @@ class Readout:
             rows = [slopes_times(part) for (_, slopes_times), part in zip(pieces, weights, strict=True)]
             scores.append(-torch.stack(rows).sum(0))
         return torch.cat(scores)
+
+    def _mean_logit(self, z: Tensor, teacher: Teacher) -> Tensor:
+        """[N] the student's, under the teacher: without a cap logits are linear in z, so its mean row tells."""
+        return teacher.expected.logit + ((z - teacher.z) * teacher.expected.row).sum(-1)
+
+    def _log_partition(self, z: Tensor) -> Tensor:
+        found = z.new_full((len(z),), -torch.inf)
+        for logits, _ in self._pieces(z):
+            found = torch.logaddexp(found, logits.logsumexp(-1))
+        return found
 
     def _expected(self, z: Tensor) -> Expectation:
         largest = z.new_full((len(z), 1), -torch.inf)
