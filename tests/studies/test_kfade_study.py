@@ -102,7 +102,7 @@ def test_k_fade_tuned_stands_beside_k_fade_at_its_defaults() -> None:
     claims = judged({0: seed_of(0.8, theirs | {"kfade_tuned": cell(0.1)})})
     assert claims["a/people/kfade"].estimate == pytest.approx(2.0)
     assert claims["a/people/kfade_tuned"].estimate == pytest.approx(0.25)
-    assert claims["d/people/flat"].seeds == 0
+    assert claims["d/people/power_0.5"].seeds == 0
 
 
 def test_people_with_one_thing_changed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from palimpsest.unlearn.kfade import KFade, KFadePaper
 from palimpsest.unlearn.stopping import Stop
 
 REQUEST = toy_request()
-QUICK = KFade(steps=4, refit_every=2, damping=1.0, batch_size=3)
+QUICK = KFade(steps=4, refit_every=2, damping=1.0, spectral_power=1.0, batch_size=3)
 LEVEL = Stop(forget_probability=0.004)
 """A quarter of what the toy model gives the forget set."""
 
@@ -143,6 +143,54 @@ def test_a_damping_beyond_the_largest_eigenvalue_is_the_plain_gradient(toy) -> N
     )
     for name, delta in plain.delta.items():
         torch.testing.assert_close(heavy.delta[name], delta, rtol=1e-2, atol=1e-3 * delta.abs().max().item())
+
+
+# The spectrum's power.
+
+
+def test_where_held_out_rows_are_not_harmed_nothing_else_is_tried(toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(climb, "HARMLESS", math.inf)
+    update = replace(QUICK, spectral_power=None).run(toy, REQUEST, LEVEL)
+    assert list(update.provenance["tried"]) == ["1"] and update.provenance["spectral_power"] == 1.0
+    assert update.provenance["method"]["spectral_power"] is None
+    assert same_weights(update.delta, QUICK.run(toy, REQUEST, LEVEL).delta)
+
+
+@pytest.mark.parametrize("powers", [(1.0, 0.5), (0.5, 1.0)])
+def test_else_the_power_is_what_spares_held_out_rows_more(powers, toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is tried first, and bit for bit what that power alone gives."""
+    monkeypatch.setattr(climb, "HARMLESS", 0.0)
+    monkeypatch.setattr(climb, "POWERS", powers)
+    chosen = replace(QUICK, spectral_power=None).run(toy, REQUEST, LEVEL)
+    fixed = {power: replace(QUICK, spectral_power=power).run(toy, REQUEST, LEVEL) for power in powers}
+    cost = {power: update.provenance["trace"][-1]["retain_kl"] for power, update in fixed.items()}
+    best = min(cost, key=cost.get)
+    assert cost[1.0] != cost[0.5] and chosen.provenance["spectral_power"] == best
+    assert same_weights(chosen.delta, fixed[best].delta)
+    assert {float(power): end["retain_kl"] for power, end in chosen.provenance["tried"].items()}[best] == cost[best]
+
+
+def test_a_second_run_that_does_more_harm_is_not_gone_through(toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(climb, "HARMLESS", 0.0)
+    costs = {
+        power: replace(QUICK, spectral_power=power).run(toy, REQUEST, LEVEL).provenance["trace"][-1]["retain_kl"]
+        for power in climb.POWERS
+    }
+    better, worse = sorted(costs, key=costs.get)
+    monkeypatch.setattr(climb, "POWERS", (better, worse))
+    second = replace(QUICK, spectral_power=None).run(toy, REQUEST, LEVEL).provenance["tried"][f"{worse:g}"]
+    assert second["retain_kl"] <= costs[better] and second["forget_probability"] > LEVEL.forget_probability
+
+
+def test_within_a_budget_the_power_that_forgets_more_is_taken(toy) -> None:
+    stop = Stop(retain_kl=0.02)
+    left = {
+        power: replace(QUICK, spectral_power=power).run(toy, REQUEST, stop).provenance["trace"][-1]
+        for power in climb.POWERS
+    }
+    made = replace(QUICK, spectral_power=None).run(toy, REQUEST, stop).provenance
+    assert made["tried"] == {f"{power:g}": end for power, end in left.items()}
+    assert made["trace"][-1]["forget_probability"] == min(end["forget_probability"] for end in left.values())
 
 
 # What it looks at, and what it leaves alone.
@@ -284,6 +332,28 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(after, resumes_at, toy,
         patch.setattr(climb._Climb, "_climb_once", lambda run: taken.append(run.step) or step(run))
         resumed = method.run(toy, REQUEST, LEVEL, folder=tmp_path / "run")
     assert taken == list(range(resumes_at, method.steps))
+    assert same_weights(resumed.delta, whole.delta) and resumed.identity == whole.identity
+
+
+def test_a_run_interrupted_at_its_second_power_ends_as_an_uninterrupted_one(toy, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(climb, "HARMLESS", 0.0)
+    method, step, taken = replace(QUICK, spectral_power=None), climb._Climb._climb_once, []
+    whole = method.run(toy, REQUEST, LEVEL)
+
+    def stepping(run):
+        if taken.count(0.5) == 3:
+            raise KeyboardInterrupt
+        taken.append(run.power)
+        step(run)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(climb._Climb, "_climb_once", stepping)
+        method.run(toy, REQUEST, LEVEL, folder=tmp_path / "run")
+    taken.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(climb._Climb, "_climb_once", lambda run: taken.append(run.power) or step(run))
+        resumed = method.run(toy, REQUEST, LEVEL, folder=tmp_path / "run")
+    assert taken.count(1.0) <= 2 and taken.count(0.5) <= 2
     assert same_weights(resumed.delta, whole.delta) and resumed.identity == whole.identity
 
 

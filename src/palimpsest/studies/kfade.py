@@ -55,7 +55,7 @@ VARIANTS: dict[str, KFade] = {
     "retain_curvature": KFade(forget_copies=0),
     "no_pull_back": KFade(pull_backs=0),
     "thorough": KFade(forget_copies=4, pull_backs=3),
-    "flat": KFade(spectral_power=0.5),
+    **{f"power_{power}": KFade(spectral_power=power) for power in (1.0, 0.5)},
     **{f"steps_{steps}": KFade(steps=steps) for steps in (8, 16, 64)},
     **{f"damping_{damping}": KFade(damping=damping) for damping in (0.1, 1.0, 10.0, 100.0)},
 }

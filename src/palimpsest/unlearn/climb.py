@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,9 @@ gradient's, and only the lengths know of curvature."""
 TOGETHER = 3
 """Dampings whose steps are coupled in one pass; each takes as much memory as the weights."""
 HARMLESS = 1e-3
-"""Nats on held-out retain rows, for the whole way, that are no reason to prefer one damping to another."""
+"""Nats on held-out retain rows, for the whole way, that are no reason to prefer one damping, or power, to another."""
+POWERS = (1.0, 0.5)
+"""Spectral powers: what is tried first, and what else where that does harm."""
 PULL_BACKS = (1.0, 0.5, 0.25, 0.1)
 """Shares of the full pull-back, the first that lowers the retain KL being taken."""
 FIRST_KL = 1e-4
@@ -58,8 +60,45 @@ ENOUGH_OF_BUDGET = 0.9
 """A run that a budget ends has used at least this share of it."""
 
 
+def climb_by_either_power(
+    method: "KFade", model: LanguageModel, request: Request, stop: Stop, folder: str | Path | None
+) -> Update:
+    """Run K-FADE, and again at the other of `POWERS` where the first run did harm; the better run's update.
+
+    The better one forgot as far as was asked for and did held-out retain rows less harm; where neither came so far, it
+    is the one that forgot more. The second may cost no more than the first, so a bad one soon ends.
+    """
+
+    def run(power: float, stop: Stop) -> Update:
+        room = Path(folder) / f"power-{power:g}" if folder else None
+        return climb(replace(method, spectral_power=power), model, request, stop, room)
+
+    first, *others = POWERS
+    tried = {first: run(first, stop)}
+    end = last_measurement(tried[first])
+    if end.retain_kl > HARMLESS:
+        within = replace(stop, retain_kl=end.retain_kl) if stop.met(end) else stop
+        tried |= {power: run(power, within) for power in others}
+
+    def order(power: float) -> tuple[bool, float]:
+        end = last_measurement(tried[power])
+        return (False, end.retain_kl) if stop.met(end) else (True, end.forget_probability)
+
+    chosen = min(tried, key=order)
+    asked = {"method": method.settings(), "stop": asdict(stop)}
+    ends = {f"{power:g}": asdict(last_measurement(update)) for power, update in tried.items()}
+    seconds = sum(update.provenance["seconds"] for update in tried.values())
+    found = {"spectral_power": chosen, "tried": ends, "seconds": seconds}
+    return replace(tried[chosen], provenance=tried[chosen].provenance | asked | found)
+
+
+def last_measurement(update: Update) -> Measurement:
+    """Where the run that made it ended."""
+    return Measurement(**update.provenance["trace"][-1])
+
+
 def climb(method: "KFade", model: LanguageModel, request: Request, stop: Stop, folder: str | Path | None) -> Update:
-    """Run K-FADE from the model's weights; see `Method.run`."""
+    """Run K-FADE from the model's weights, at the spectral power that it has; see `Method.run`."""
     if stop.forget_probability is None and stop.retain_kl is None and stop.forget_accuracy is None:
         raise SpecError(f"{method.name}: give a forget level or a budget of retain KL; they set its step length")
     run = _Climb(method, model, request, stop, folder)
@@ -97,7 +136,7 @@ class _Climb:
     ) -> None:
         self.started, self.display = time.monotonic(), progress()
         self.method, self.model, self.stop = method, model, stop
-        self.matrices = matrices(model, method.modules)
+        self.matrices, self.power = matrices(model, method.modules), method.spectral_power or POWERS[0]
         names = [name for matrix in self.matrices for name in matrix.parameter_names]
         everything = dict(model.network.named_parameters())
         self.parameters: dict[str, Tensor] = {name: everything[name] for name in names}
@@ -123,7 +162,10 @@ class _Climb:
         if reason := self.stop.reason(self.trace[0]):
             return reason
         with self.display as display:
-            task = display.add_task(f"unlearning with {self.method.name}", total=self.method.steps, note="")
+            what = f"unlearning with {self.method.name}"
+            if self.power != POWERS[0]:
+                what += f", spectral power {self.power:g}"
+            task = display.add_task(what, total=self.method.steps, note="")
             while self.step < self.stop.steps:
                 before = copied(self.parameters)
                 self._climb_once()
@@ -243,11 +285,10 @@ class _Climb:
         return _Step(named, (found @ fisher @ found).item())
 
     def _solve(self, gradient: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
-        power = self.method.spectral_power
         if self.curvature is None:
-            return {name: flattened(matrix, power) for name, matrix in gradient.items()}
+            return {name: flattened(matrix, self.power) for name, matrix in gradient.items()}
         blocks = self.curvature.blocks
-        solved = {name: blocks[name].solve(matrix, damping, power) for name, matrix in gradient.items()}
+        solved = {name: blocks[name].solve(matrix, damping, self.power) for name, matrix in gradient.items()}
         for name, step in solved.items():
             if not torch.isfinite(step).all():
                 what = f"the step in {name} is not finite: its curvature is singular at this damping"

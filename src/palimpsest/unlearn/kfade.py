@@ -27,8 +27,8 @@ class KFade(Method):
     Ours, beyond the paper: a forget loss that lets go of a token once it is forgotten (`forget_loss`); the forget rows
     in the curvature too, so that what they have in common, and share with their neighbours, is not what moves most
     (`forget_copies`); lengths of the matrices' directions from one system that couples them (`coupled`); steps back
-    towards the start model's predictions on retain rows before each step uphill (`pull_backs`); damping chosen on
-    held-out retain rows.
+    towards the start model's predictions on retain rows before each step uphill (`pull_backs`); damping, and how flat
+    the spectrum of a step is (`spectral_power`), chosen on held-out retain rows.
     """
 
     name: ClassVar[str] = "kfade"
@@ -51,9 +51,9 @@ class KFade(Method):
     """How often each forget row stands beside the retain rows when curvature is measured; 0: the paper's curvature."""
     pull_backs: int = 1
     """Steps back before each step uphill, each on retain rows of its own."""
-    spectral_power: float = 1.0
+    spectral_power: float | None = None
     """Below 1, less of a step goes into what its gradient has most of: singular values of the whitened gradient are
-    raised to it."""
+    raised to it. None: 1, and where that harms held-out retain rows a second run at 1/2, the better one being taken."""
     coupled: bool = True
     draws: int = 1
     """Labels sampled at every target when curvature is measured."""
@@ -79,7 +79,7 @@ class KFade(Method):
         for setting in ("forget_copies", "pull_backs"):
             if getattr(self, setting) < 0:
                 raise SpecError(f"{self.name}: {setting} is {getattr(self, setting)}; it cannot be below 0")
-        if not 0 < self.spectral_power <= 1:
+        if self.spectral_power is not None and not 0 < self.spectral_power <= 1:
             raise SpecError(f"{self.name}: spectral_power is {self.spectral_power}; it must be above 0 and at most 1")
         if self.damping is None and self.absolute_damping:
             raise SpecError(f"{self.name}: absolute_damping needs a damping")
@@ -90,9 +90,10 @@ class KFade(Method):
         self, model: LanguageModel, request: Request, stop: Stop | None = None, *, folder: str | Path | None = None
     ) -> Update:
         """Climb until `stop`; see `Method.run`. One of `stop`'s levels must be given: they are what sets the step."""
-        from palimpsest.unlearn.climb import climb
+        from palimpsest.unlearn.climb import climb, climb_by_either_power
 
-        return climb(self, model, request, stop or Stop(), folder)
+        run = climb_by_either_power if self.spectral_power is None else climb
+        return run(self, model, request, stop or Stop(), folder)
 
     def loss(self, logprobs: Tensor) -> Tensor:
         """[N] what goes down while the forget set is forgotten, for log-probabilities [N] of its tokens.
@@ -125,4 +126,5 @@ class KFadePaper(KFade):
     forget_loss: ForgetLoss = "nll"
     forget_copies: int = 0
     pull_backs: int = 0
+    spectral_power: float | None = 1.0
     coupled: bool = False

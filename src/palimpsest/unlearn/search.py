@@ -51,7 +51,7 @@ _RATE_AND_BATCH: Space = {"learning_rate": Between(1e-5, 3e-3), "batch_size": (4
 _RETAIN: Space = {"retain_weight": Between(0.1, 100), "retain_term": ("nll", "kl")}
 
 SPACES: dict[str, Space] = {
-    "kfade": {"spectral_power": (1.0, 0.5), "forget_copies": (1, 4), "pull_backs": (1, 3)},
+    "kfade": {"forget_copies": (1, 4), "pull_backs": (1, 3)},
     "grad_ascent": _RATE_AND_BATCH,
     "grad_diff": {**_RATE_AND_BATCH, **_RETAIN},
     "npo": {**_RATE_AND_BATCH, **_RETAIN, "beta": Between(0.01, 3)},

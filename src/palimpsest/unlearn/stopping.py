@@ -53,6 +53,13 @@ class Stop:
         """
         if self.over_budget(now):
             return f"the budget of {self.retain_kl:g} nats/token on held-out retain rows was used up"
+        return self._forgotten(now)
+
+    def met(self, now: Measurement) -> bool:
+        """Whether a forget level that was asked for is reached, within the budget."""
+        return not self.over_budget(now) and self._forgotten(now) != ""
+
+    def _forgotten(self, now: Measurement) -> str:
         if self.forget_probability is not None and now.forget_probability <= self.forget_probability:
             return f"the forget set was down to an answer probability of {self.forget_probability:.3f}"
         if self.forget_accuracy is not None and _accuracy(now) <= self.forget_accuracy:
