@@ -46,6 +46,13 @@ def test_each_lens_is_nearer_to_the_model_than_the_one_before(trained, tuned: Le
     assert sum(found) < sum(ridge)
 
 
+def test_what_it_will_take_is_said_before(trained, capsys: pytest.CaptureFixture[str]) -> None:
+    lens = fit(trained.full, trained.request.retain, steps=2, tokens_per_step=64)
+    said = " ".join(capsys.readouterr().err.split())
+    tokens, held_out = lens.provenance["tokens"], lens.provenance["held_out_tokens"]
+    assert f"tuned lens: {tokens:,} tokens to fit to, {held_out:,} to measure on, 2 steps of 64 at most; takes" in said
+
+
 def test_what_it_says_of_itself_is_true(trained, tuned: Lens, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = windows(trained.request.retain, trained.full)
     _, held_out = fitting._split(rows, 0, 1)

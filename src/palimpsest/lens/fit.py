@@ -2,13 +2,14 @@
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from palimpsest.curvature.plan import readable
 from palimpsest.data.batches import Encoded
 from palimpsest.data.overlap import told_of
 from palimpsest.data.prompts import Template
@@ -25,7 +26,7 @@ from palimpsest.lens.ridge import Moments, ridge
 from palimpsest.models.checkpoint import Checkpoints
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.workers import Workers
-from palimpsest.progress import Ticker, progress
+from palimpsest.progress import Ticker, console, progress
 
 HELD_OUT = 0.1
 """Share of the rows on which the lens is measured and its layers are stopped."""
@@ -86,6 +87,16 @@ def fit(
     train, held_out = _split(windows(texts, model, template), seed, workers.count)
     a_token = 4 * (model.anatomy.n_layers + 3) * model.anatomy.d_model
     n_kept = len(_within(train, min(n_steps * tokens_per_step, CACHE_BYTES // a_token), workers.count))
+    judged_rows = _within(held_out, MEASURED, workers.count)
+    if not quiet and workers.rank == 0:
+        kept_bytes = a_token * (_tokens(train[:n_kept]) + _tokens(judged_rows))
+        moments_bytes = 0 if kind == "jacobian" else 16 * model.anatomy.n_layers * model.anatomy.d_model**2
+        steps_planned = f", {n_steps} steps of {tokens_per_step:,} at most" if n_steps else ""
+        console.print(
+            f"{kind} lens: {_tokens(train):,} tokens to fit to, {_tokens(judged_rows):,} to measure on{steps_planned}; "
+            f"takes {readable(kept_bytes + moments_bytes)}",
+            highlight=False,
+        )
     asked = {
         "kind": kind,
         "penalty": penalty,
@@ -94,12 +105,12 @@ def fit(
         "seed": seed,
         "template": template,
         "texts": records_hash(texts),
-        "tokens": sum(len(row.ids) for row in train),
+        "tokens": _tokens(train),
         "model": model.fingerprint(),
     }
     with progress(quiet or workers.rank > 0) as display:
-        judged = Kept.of(model, _within(held_out, MEASURED, workers.count), readout, workers)
-        ticker = Ticker(display, "reading the residual stream", sum(len(row.ids) for row in train), "tokens")
+        judged = Kept.of(model, judged_rows, readout, workers)
+        ticker = Ticker(display, "reading the residual stream", _tokens(train), "tokens")
         if kind == "jacobian":
             changes, biases = mean_jacobians(model, train, seed=seed, workers=workers, ticker=ticker)
         else:
@@ -122,17 +133,25 @@ def _gather(
     model: LanguageModel, train: Sequence[Encoded], n_kept: int, readout: Readout, workers: Workers, ticker: Ticker
 ) -> tuple[Moments, Kept]:
     """Moments of all rows, and the first `n_kept` rows themselves, in one pass."""
-    kept, moments = list[Hidden](), Moments.of(model)
-    for rows, keep in ((train[:n_kept], True), (train[n_kept:], False)):
+    moments = Moments.of(model)
+
+    def read(rows: Sequence[Encoded]) -> Iterator[Hidden]:
         for hidden in read_layers(model, rows[workers.rank :: workers.count]):
             if not torch.isfinite(hidden.layers).all():
                 raise TrainingError(f"{model.name}: its residual stream is not finite; the model is damaged")
             moments.add(hidden.layers)
-            if keep:
-                kept.append(hidden)
             ticker.advance(hidden.layers.shape[1] * workers.count)
+            yield hidden
+
+    kept = Kept.joined(read(train[:n_kept]), train[:n_kept], readout, workers)
+    for _ in read(train[n_kept:]):
+        pass
     moments.share(workers)
-    return moments, Kept.joined(kept, train[:n_kept], readout, workers)
+    return moments, kept
+
+
+def _tokens(rows: Sequence[Encoded]) -> int:
+    return sum(len(row.ids) for row in rows)
 
 
 def _within(rows: Sequence[Encoded], tokens: int, at_least: int) -> Sequence[Encoded]:

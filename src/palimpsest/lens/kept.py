@@ -1,6 +1,6 @@
 """Tokens whose residual streams are kept, each process its own, so that they can be gone over again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,19 +30,22 @@ class Kept:
     @staticmethod
     def of(model: LanguageModel, rows: Sequence[Encoded], readout: Readout, workers: Workers) -> "Kept":
         """Read this process's rows, every `workers.count`-th of all."""
-        mine = range(workers.rank, len(rows), workers.count)
-        found = read_layers(model, [rows[row] for row in mine])
-        return Kept.joined(list(found), rows, readout, workers)
+        return Kept.joined(read_layers(model, rows[workers.rank :: workers.count]), rows, readout, workers)
 
     @staticmethod
-    def joined(hidden: Sequence[Hidden], rows: Sequence[Encoded], readout: Readout, workers: Workers) -> "Kept":
-        """From what was read of this process's rows."""
+    def joined(hidden: Iterable[Hidden], rows: Sequence[Encoded], readout: Readout, workers: Workers) -> "Kept":
+        """From what is read of this process's rows, each token put in its place as it comes."""
         first = torch.tensor([0, *(len(row.ids) for row in rows)]).cumsum(0)
-        row = torch.cat([some.row for some in hidden]) * workers.count + workers.rank
-        place = first[row] + torch.cat([some.position for some in hidden])
-        order = place.argsort()
-        layers = torch.cat([some.layers for some in hidden], 1)[:, order].to(readout.precision)
-        return Kept(layers[:-1], readout.teacher(layers[-1]), place[order], int(first[-1]), workers)
+        mine = range(workers.rank, len(rows), workers.count)
+        place = torch.cat([torch.arange(int(first[row]), int(first[row + 1])) for row in mine])
+        begins = torch.tensor([0, *(len(rows[row].ids) for row in mine)]).cumsum(0)
+        layers = torch.empty(0)
+        for some in hidden:
+            if not len(layers):
+                n, _, d = some.layers.shape
+                layers = some.layers.new_empty(n, len(place), d, dtype=readout.precision)
+            layers[:, begins[some.row] + some.position] = some.layers.to(readout.precision)
+        return Kept(layers[:-1], readout.teacher(layers[-1]), place, int(first[-1]), workers)
 
     def kls(self, maps: Mapping[int, Tensor], readout: Readout) -> dict[int, float]:
         """Mean KL(model || lens) over all processes' tokens, of maps [d, d + 1] by layer."""
