@@ -168,6 +168,7 @@ def test_too_little_text_is_refused(trained) -> None:
     [
         ({"kind": "affine"}, "lens: kind 'affine' is unknown; choose ridge, tuned or jacobian"),
         ({"penalty": 0}, "lens: penalty is 0; it must be above 0"),
+        ({"damping": 0}, "lens: damping is 0; it must be above 0"),
         ({"steps": -1}, "lens: steps is -1; it must be above 0"),
     ],
 )

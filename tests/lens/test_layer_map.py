@@ -1,12 +1,13 @@
 """The steps' gradient against autograd, and that they go down."""
 
+import numpy as np
 import pytest
 import torch
 from tests.models.tiny_families import WIDTH, tiny_model
 from torch.nn import functional as F
 
 from palimpsest.curvature.factors import with_ones
-from palimpsest.lens.layer_map import LayerMap, divergence, slope
+from palimpsest.lens.layer_map import RATE, LayerMap, divergence, slope
 from palimpsest.lens.readout import Readout
 
 
@@ -38,7 +39,7 @@ def test_steps_go_down_to_a_teacher_that_is_a_map_of_the_states() -> None:
     truth = torch.cat([0.3 * states(WIDTH, 3), states(WIDTH, 4)[:, :1]], 1)
     teacher = readout.teacher(hidden + with_ones(hidden) @ truth.T)
     scores = readout.sampled(teacher.z, torch.rand(600, generator=torch.Generator().manual_seed(5)))
-    layer = LayerMap.start(torch.zeros(WIDTH, WIDTH + 1, dtype=torch.float64), hidden, readout, scores)
+    layer = LayerMap.start(torch.zeros(WIDTH, WIDTH + 1, dtype=torch.float64), hidden, readout, scores, damping=0.2)
     before = divergence(layer.map, hidden, readout, teacher).mean()
     for step in range(60):
         layer.step(slope(layer.map, hidden, readout, teacher) / 600, average=step >= 50)
@@ -46,28 +47,26 @@ def test_steps_go_down_to_a_teacher_that_is_a_map_of_the_states() -> None:
     assert layer.n_summed == 10
 
 
-def test_the_penalty_pulls_the_change_back_and_leaves_the_bias() -> None:
-    map = torch.cat([torch.ones(2, 2), torch.full((2, 1), 5.0)], 1)
-    layer = LayerMap(map, torch.eye(3), torch.eye(2), 0.5, torch.zeros(2, 3))
-    layer.step(torch.zeros(2, 3), average=False)
-    assert torch.allclose(layer.map, torch.cat([torch.full((2, 2), 1 - 0.3 * 0.5), torch.full((2, 1), 5.0)], 1))
-
-
-def test_the_penalty_has_the_units_of_the_closed_form() -> None:
-    """Inputs and outputs twice as large in the model's own units leave it as strong beside the KL."""
-    readout, hidden = readout_of("llama"), states(300, 0)
-    uniform = torch.rand(300, generator=torch.Generator().manual_seed(5))
-    scores = readout.sampled(readout.z(states(300, 1)), uniform)
-    start = torch.zeros(WIDTH, WIDTH + 1, dtype=torch.float64)
-    found = LayerMap.start(start, hidden, readout, scores, penalty=0.2).pull
-    variance = hidden.var(0, unbiased=False).mean().item()
-    assert found / (0.2 * variance) == pytest.approx(
-        LayerMap.start(start, hidden, readout, scores, penalty=1.0).pull / variance
-    )
+def test_a_step_is_the_gradient_through_both_damped_moments() -> None:
+    """By numpy, and so: along directions that hardly vary, or hardly matter, a map hardly moves."""
+    readout, hidden = readout_of("llama"), states(300, 0) * torch.logspace(-2, 1, WIDTH, dtype=torch.float64)
+    scores = readout.sampled(readout.z(hidden), torch.rand(300, generator=torch.Generator().manual_seed(5)))
+    start, gradient = torch.zeros(WIDTH, WIDTH + 1, dtype=torch.float64), states(WIDTH + 1, 6).T.contiguous()
+    layer = LayerMap.start(start, hidden, readout, scores, damping=2.0)
+    layer.step(gradient, average=False)
+    residual = hidden.clone().requires_grad_()
+    (given,) = torch.autograd.grad((readout.z(residual) * scores).sum(), residual)
+    sides = []
+    for rows in (given.numpy(), np.concatenate([hidden.numpy(), np.ones((300, 1))], 1)):
+        moment = rows.T @ rows / 300
+        sides.append(np.linalg.inv(moment + 2.0 * np.trace(moment) / len(moment) * np.eye(len(moment))))
+    assert np.allclose(layer.map.numpy(), -RATE * sides[0] @ gradient.numpy() @ sides[1], rtol=1e-9, atol=1e-15)
+    moved = layer.map.norm(dim=0)
+    assert moved[0] / gradient[:, 0].norm() > 5 * moved[WIDTH - 1] / gradient[:, WIDTH - 1].norm()
 
 
 def test_before_anything_is_averaged_the_latest_stands() -> None:
     map = torch.randn(2, 3)
-    layer = LayerMap(map, torch.eye(3), torch.eye(2), 0.0, torch.zeros(2, 3))
+    layer = LayerMap(map, torch.eye(3), torch.eye(2), torch.zeros(2, 3))
     layer.step(torch.zeros(2, 3), average=False)
     assert torch.equal(layer.averaged, map)

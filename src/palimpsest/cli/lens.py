@@ -34,7 +34,7 @@ def fit(
     kind: Annotated[
         str, typer.Option(help="tuned; ridge, the closed form alone; or jacobian, the model's own derivative.")
     ] = "tuned",
-    steps: Annotated[int, typer.Option(help="Steps down the KL, at most.", min=1)] = 40,
+    steps: Annotated[int, typer.Option(help="Steps down the KL, at most.", min=1)] = 160,
     tokens_per_step: Annotated[int, typer.Option(help="Tokens of each step.", min=1)] = 2048,
     seed: Annotated[int, typer.Option(help="Of the held-out rows and the batches.")] = 0,
     tuned_lens: Annotated[

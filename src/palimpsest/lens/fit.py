@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -43,8 +43,9 @@ def fit(
     kind: Literal["ridge", "tuned", "jacobian"] = "tuned",
     forget: Sequence[Record] = (),
     template: Template = "plain",
-    penalty: float = 0.3,
-    steps: int = 40,
+    penalty: float = 1.0,
+    damping: float = 5.0,
+    steps: int = 160,
     tokens_per_step: int = 2048,
     seed: int = 0,
     folder: str | Path | None = None,
@@ -62,8 +63,10 @@ def fit(
         kind: `ridge`, `tuned` or `jacobian`.
         forget: what must not be among the texts; it is looked for by subject and by shared words.
         template: how questions among the texts are put.
-        penalty: on the squared change from the identity, in mean variances of the residual stream. Less of it lowers
-            the KL, and lets the lens read more of what merely goes along with the answer (`causal_basis.calibration`).
+        penalty: of the closed form, on the squared change from the identity, in mean variances of the residual stream.
+        damping: of the steps, in mean eigenvalues of the moments of what a map reads and of the KL's gradient. Less of
+            it lowers the KL, as more steps do, and lets the lens read more of what merely goes along with the answer
+            (`causal_basis.calibration`).
         steps: at most.
         tokens_per_step: tokens of each.
         seed: of the held-out split, the batches and the labels of the curvature.
@@ -76,7 +79,7 @@ def fit(
         TrainingError: a residual stream that is not finite.
         StorageError: the state cannot be written.
     """
-    _refuse_settings(kind, penalty, steps, tokens_per_step)
+    _refuse_settings(kind, penalty, damping, steps, tokens_per_step)
     if told := told_of(texts, forget):
         raise DataError(
             f"{len(told)} of {len(texts)} texts tell of the forget set ({', '.join(told[:3])}); a lens fitted on them "
@@ -100,6 +103,7 @@ def fit(
     asked = {
         "kind": kind,
         "penalty": penalty,
+        "damping": damping,
         "steps": n_steps,
         "tokens_per_step": tokens_per_step,
         "seed": seed,
@@ -121,7 +125,7 @@ def fit(
         kls["ridge" if kind == "tuned" else kind] = start = judged.kls(dict(enumerate(maps)), readout)
         if kind == "tuned":
             checkpoints = Checkpoints(folder, content_hash(asked)) if folder else None
-            run = Refinement(kept, judged, readout, maps, start, penalty, seed, tokens_per_step, workers)
+            run = Refinement(kept, judged, readout, maps, start, damping, seed, tokens_per_step, workers)
             maps, kls["tuned"] = run.to_the_end(steps, checkpoints, display)
     found = {name: list(kl.values()) for name, kl in kls.items()}
     provenance = asked | {"held_out_tokens": judged.n_tokens, "kl": found, "seconds": time.monotonic() - started}
@@ -172,10 +176,10 @@ def _split(rows: list[Encoded], seed: int, n_processes: int) -> tuple[list[Encod
     return rows[n:], rows[:n]
 
 
-def _refuse_settings(kind: str, penalty: float, steps: int, tokens_per_step: int) -> None:
+def _refuse_settings(kind: str, penalty: float, damping: float, steps: int, tokens_per_step: int) -> None:
     if kind not in ("ridge", "tuned", "jacobian"):
         raise SpecError(f"lens: kind {kind!r} is unknown; choose ridge, tuned or jacobian")
-    settings: dict[str, Any] = {"penalty": penalty, "steps": steps, "tokens_per_step": tokens_per_step}
+    settings = {"penalty": penalty, "damping": damping, "steps": steps, "tokens_per_step": tokens_per_step}
     for name, value in settings.items():
         if not value > 0:
             raise SpecError(f"lens: {name} is {value}; it must be above 0")

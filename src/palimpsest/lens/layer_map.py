@@ -5,6 +5,10 @@ moments (Martens & Grosse 2015, arXiv 1503.05671): that of the inputs and that o
 a step costs hardly more than its gradient, and goes where AdamW and Muon need many. Iterates are averaged from the
 middle on (Polyak & Juditsky 1992), which takes out the noise of the batches.
 
+What keeps a map from reading what merely goes along with the answer is a heavy damping and a number of steps: along
+directions in which little varies it hardly moves. That is a sharper filter than a penalty towards the identity, which
+also holds back the directions that matter (docs/log.md).
+
 Shapes: N tokens, d the model's width. A map is [d, d + 1], what it adds to the identity and last its bias.
 """
 
@@ -19,8 +23,6 @@ from palimpsest.models.workers import Workers
 
 RATE = 0.3
 """Of a full natural-gradient step; 1 overshoots where a layer has little left to gain."""
-INPUT_DAMPING, OUTPUT_DAMPING = 0.1, 0.3
-"""Of the two moments, in their mean eigenvalues."""
 
 
 @dataclass(eq=False)
@@ -33,8 +35,6 @@ class LayerMap:
     """[d + 1, d + 1]"""
     inverse_output: Tensor
     """[d, d]"""
-    pull: float
-    """Back to the identity: the penalty's slope, over the change."""
     summed: Tensor
     """[d, d + 1] of the iterates that are averaged."""
     n_summed: int = 0
@@ -46,7 +46,7 @@ class LayerMap:
         readout: Readout,
         scores: Tensor,
         *,
-        penalty: float = 0.0,
+        damping: float,
         workers: Workers | None = None,
     ) -> "LayerMap":
         """Measure both moments where the map stands.
@@ -57,8 +57,7 @@ class LayerMap:
             readout: of the model.
             scores: [n, d] of the first n tokens, d log p(label) / dz for a label drawn from the model's prediction p.
                 Exact would be the lens's own prediction; p is near it, and serves every layer.
-            penalty: on the squared change, in mean variances of the inputs times the mean curvature of the outputs, as
-                the closed form's is.
+            damping: of both moments, in their mean eigenvalues.
             workers: those who share the tokens.
         """
         inputs = with_ones(hidden)
@@ -72,16 +71,7 @@ class LayerMap:
         (workers or Workers()).add([read, given, counts])
         n_read, n_given = counts.tolist()
         read, given = read / n_read, given / n_given
-        variance = (read.diagonal() - read[-1].square())[:-1].mean()
-        # The penalty's own curvature, shared out to both: with less damping its steps would overshoot.
-        least = penalty**0.5
-        return LayerMap(
-            map,
-            _inverse(read, max(INPUT_DAMPING, least)),
-            _inverse(given, max(OUTPUT_DAMPING, least)),
-            (penalty * variance * given.diagonal().mean()).item(),
-            torch.zeros_like(map),
-        )
+        return LayerMap(map, _inverse(read, damping), _inverse(given, damping), torch.zeros_like(map))
 
     @property
     def averaged(self) -> Tensor:
@@ -89,10 +79,8 @@ class LayerMap:
         return self.summed / self.n_summed if self.n_summed else self.map
 
     def step(self, gradient: Tensor, *, average: bool) -> None:
-        """Go down along the mean KL's gradient [d, d + 1] and the penalty's; `average` counts where that leads."""
-        change = torch.cat([self.map[:, :-1], torch.zeros_like(self.map[:, -1:])], 1)
-        slope = gradient + self.pull * change
-        self.map = self.map - RATE * self.inverse_output @ slope @ self.inverse_input
+        """Go down along the mean KL's gradient [d, d + 1]; `average` counts where that leads."""
+        self.map = self.map - RATE * self.inverse_output @ gradient @ self.inverse_input
         if average:
             self.summed, self.n_summed = self.summed + self.map, self.n_summed + 1
 

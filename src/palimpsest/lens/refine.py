@@ -32,7 +32,7 @@ class Refinement:
         readout: Readout,
         maps: Tensor,
         kls: Mapping[int, float],
-        penalty: float,
+        damping: float,
         seed: int,
         tokens_per_step: int,
         workers: Workers,
@@ -40,7 +40,7 @@ class Refinement:
         self.kept, self.judged, self.readout, self.workers = kept, judged, readout, workers
         fast = bf16_is_fast(maps.device) and readout.precision == torch.float32
         self.quick = readout.with_products(torch.bfloat16) if fast else readout
-        self.penalty, self.seed, self.tokens_per_step = penalty, seed, tokens_per_step
+        self.damping, self.seed, self.tokens_per_step = damping, seed, tokens_per_step
         self.best, self.kls = maps.clone(), dict(kls)
         """Each layer's best map so far by held-out KL, and that KL."""
         self.layers: dict[int, LayerMap] = {}
@@ -79,7 +79,7 @@ class Refinement:
         scores = self.readout.sampled(self.kept.teacher.z[first], uniform[self.kept.place[first]])
         for number, hidden in enumerate(self.kept.layers):
             self.layers[number] = LayerMap.start(
-                self.best[number], hidden[order], self.readout, scores, penalty=self.penalty, workers=self.workers
+                self.best[number], hidden[order], self.readout, scores, damping=self.damping, workers=self.workers
             )
 
     def _take_a_step(self, steps: int) -> None:

@@ -85,13 +85,13 @@ LENSES: Mapping[str, Fitter] = {
     "logit": lambda model, _, __: Lens.logit(model),
     "ridge": partial(_ours, kind="ridge"),
     "tuned": _ours,
-    "tuned_0.03": partial(_ours, penalty=0.03),
-    "tuned_3": partial(_ours, penalty=3.0),
+    "tuned_2": partial(_ours, damping=2.0),
+    "tuned_20": partial(_ours, damping=20.0),
     "jacobian": partial(_ours, kind="jacobian"),
     "upstream_sgd": partial(_upstream, recipe=UpstreamRecipe()),
     "upstream_muon": partial(_upstream, recipe=UpstreamRecipe("muon", 0.03, weight_decay=1.0)),
 }
-"""How each lens is made of a model, texts and a seed: ours at its default penalty, a tenth and ten times of it."""
+"""How each lens is made of a model, texts and a seed: ours at its default damping of 5, at 2 and at 20."""
 CELLS = (*LENSES, "aligned", "transferred", "learned", "detected")
 """What is measured, by the names of the files that keep it."""
 
