@@ -12,6 +12,8 @@ from palimpsest.internals.depth import UnlearningDepth, fact_rows, logprob_drops
 from palimpsest.internals.patching import SETTINGS
 from palimpsest.internals.recovery import patching_recovery
 from palimpsest.internals.restoration import IN_BLOCKS, Restoration, restoration_recovery
+from palimpsest.internals.tracing import causal_traces
+from palimpsest.models.anatomy import Site
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.organism import train_sham
 from palimpsest.unlearn.npo import NPO
@@ -89,3 +91,14 @@ def test_what_was_noised_alone_is_what_restoring_brings_back(judged: Judged) -> 
     sweep = [Restoration(frozenset([group]), layers) for group in IN_BLOCKS]
     value, mlp_in, attention = restoration_recovery(judged.full, noised, judged.rows, sweep)
     assert value.krs == pytest.approx(1, abs=1e-5) and mlp_in.krs == attention.krs == 0
+
+
+def test_blurring_a_subject_takes_its_facts_away_and_the_last_token_gives_them_back(trained: Organism) -> None:
+    full, records = trained.full, trained.request.forget[:8]
+    traces = causal_traces(full, records, [frozenset([Site("resid", 0)])])
+    total = torch.tensor([trace.clean - trace.corrupted for trace in traces])
+    assert total.mean() > 0.1 and (total > -0.05).all()
+    for trace in traces:
+        (effect,) = trace.indirect_effect
+        assert (effect[: trace.subject.start].abs() < 1e-6).all()
+        assert effect[-1] == pytest.approx(trace.clean - trace.corrupted, abs=0.1)  # it has read the subject already

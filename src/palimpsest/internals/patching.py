@@ -44,7 +44,7 @@ def patched_predictions(
     recipient: Recording,
     plans: Sequence[Plan],
     *,
-    positions: Positions = "all",
+    positions: Positions | Sequence[Tensor] = "all",
     memory: int = MEMORY,
 ) -> Iterator[tuple[int, Predictions]]:
     """What the recipient predicts under each plan, as (the plan's place, its predictions); plans of deep layers last.
@@ -55,13 +55,14 @@ def patched_predictions(
         donor: the recorded batch, with every site of the plans among its activations.
         recipient: the same batch, with its residual stream.
         plans: each at least one site.
-        positions: where the plans' sites are patched.
+        positions: where the plans' sites are patched; or where each plan's are, [B, T] bool.
         memory: bytes, see `MEMORY`. It changes nothing but the time.
 
     Raises:
         ModelError: a plan without sites, or with one that the model does not have.
     """
-    anatomy, where = recipient.model.anatomy, _where(recipient.batch, positions)
+    anatomy = recipient.model.anatomy
+    where = [_where(recipient.batch, positions)] * len(plans) if isinstance(positions, str) else positions
     for plan in plans:
         if not plan:
             raise ModelError("a plan has no sites, so it patches nothing; the recording has the unpatched predictions")
@@ -71,7 +72,7 @@ def patched_predictions(
     for start, together in groupby(sorted(range(len(plans)), key=starts.__getitem__), starts.__getitem__):
         for chunk in _chunks(list(together), plans, recipient, memory):
             patches = [
-                {site: Patch.of(donor.activations[site].to(where.device), where) for site in plans[place]}
+                {site: Patch.of(donor.activations[site].to(where[place].device), where[place]) for site in plans[place]}
                 for place in chunk
             ]
             yield from zip(chunk, _run(recipient, start, patches), strict=True)
