@@ -28,7 +28,7 @@ class Recording:
     predictions: Predictions
     """Of the batch's targets."""
     activations: Mapping[Site, Tensor]
-    """[B, T, d] or, of `coef`, [B, T, d_ff]."""
+    """[B, T, d] or, of `coef`, [B, T, d_ff]; in inference mode, so not to be trained on."""
     besides: tuple[tuple[Any, ...] | None, ...]
     """What each block gives besides the residual stream; None where it gives the bare stream and no tuple."""
 
