@@ -121,7 +121,7 @@ TOKENIZER = tiny_tokenizer()
 def test_a_random_token_looks_like_the_one_that_it_stands_for(trained: Organism):
     tokenizer = trained.full.tokenizer
     written = {token: text for text, token in tokenizer.get_vocab().items()}
-    concept = word_tokens(tokenizer, ["Oslo", "plays", "violin"])
+    concept = list(word_tokens(tokenizer, ["Oslo", "plays", "violin"]))
     for drawn in random_sets(tokenizer, concept, 10, seed=2):
         for own, other in zip(concept, drawn, strict=True):
             one, two = written[own], written[other]
@@ -138,7 +138,7 @@ def test_too_few_other_tokens():
 
 
 def test_words_that_are_tokens():
-    assert word_tokens(TOKENIZER, ["w9", "w31 w32", "unknown"]) == (9,)
+    assert word_tokens(TOKENIZER, ["w9", "w31 w32", "unknown"]) == {9: "w9"}
     with pytest.raises(DataError, match=r"^none of 'dragon', 'w4 w5' is one token of this vocabulary; give words that"):
         word_tokens(TOKENIZER, ["dragon", "w4 w5"])
 

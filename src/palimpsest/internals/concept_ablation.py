@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -96,10 +96,12 @@ def ablate_concept(
     Raises:
         DataError: a vector that the model does not have, or no rows.
         ModelError: a mixture of fused experts has no value vectors.
-        SpecError: an ablation that there is none of.
+        SpecError: an ablation that there is none of, or no noise where it is asked for.
     """
     refuse_missing(model, vectors)
     check_ablation(how)
+    if how == "noise" and not noise > 0:
+        raise SpecError(f"noise is {noise}; it must be above 0")
     rows = {
         "own": encode(own, model.tokenizer, template=template),
         "unrelated": encode(unrelated, model.tokenizer, template=template),
@@ -127,14 +129,15 @@ def ablate_concept(
     )
 
 
-def check_ablation(how: str) -> None:
-    """Refuse an ablation that there is none of.
+def check_ablation(how: str) -> Ablation:
+    """The ablation of that name.
 
     Raises:
-        SpecError: the name is unknown.
+        SpecError: there is none.
     """
-    if how not in ("zero", "mean", "noise"):
+    if how not in get_args(Ablation):
         raise SpecError(f"ablation {how!r} is unknown; choose zero, mean or noise")
+    return cast(Ablation, how)
 
 
 @contextmanager

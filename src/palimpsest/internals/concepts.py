@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from palimpsest.data.batches import encode
 from palimpsest.data.prompts import Template
-from palimpsest.data.records import Text
+from palimpsest.data.records import Record
 from palimpsest.errors import DataError
 from palimpsest.internals.value_vectors import TopTokens, ValueVector, VocabularyProjection
 from palimpsest.models.language_model import LanguageModel
@@ -57,8 +57,8 @@ class Discovery:
     """The best precision, and the best z, of any vector for any of the random sets."""
 
 
-def word_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> tuple[int, ...]:
-    """The tokens that are one of the words, with or without a space before it; a word of several tokens has none.
+def word_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> dict[int, str]:
+    """The tokens that are one of the words, with or without a space before it, and which; one of several has none.
 
     Raises:
         DataError: none of the words is one token.
@@ -74,11 +74,11 @@ def word_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> tup
             f"none of {', '.join(map(repr, words))} is one token of this vocabulary; "
             "give words that are, or rows with the concept's answers"
         )
-    return tuple(sorted(found))
+    return dict(sorted(found.items()))
 
 
 def answer_tokens(
-    tokenizer: PreTrainedTokenizerBase, records: Sequence[Text], *, template: Template = "plain"
+    tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], *, template: Template = "plain"
 ) -> tuple[int, ...]:
     """The tokens of the records' answers that have a letter or a digit, each once.
 
