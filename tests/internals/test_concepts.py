@@ -161,8 +161,9 @@ def test_answers_tokens_are_those_of_letters():
 @pytest.mark.parametrize(
     ("tokens", "null", "says"),
     [
-        ((), [], "the concept has 0 tokens of a vocabulary of 48"),
-        (tuple(range(48)), [], "the concept has 48 tokens of a vocabulary of 48"),
+        ((4,), [], "no random sets are given"),
+        ((), [()], "the concept has 0 tokens of a vocabulary of 48"),
+        (tuple(range(48)), [(4,)], "the concept has 48 tokens of a vocabulary of 48"),
         ((4, 5), [(6,)], "a set has 1 tokens where the concept has 2"),
         ((4, 4), [(6, 7)], "a set has 2 tokens where the concept has 1"),
         ((4, 48), [(6, 7)], "a token is none of 0 to 47"),

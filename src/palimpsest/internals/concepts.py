@@ -139,9 +139,11 @@ def discover(model: LanguageModel, tokens: Sequence[int], null: Sequence[Sequenc
         null: S sets of T tokens each, as `random_sets` gives them.
 
     Raises:
-        DataError: no tokens, as many as there are, or a null of another size.
+        DataError: no tokens, as many as there are, or no null or one of another size.
         ModelError: a mixture of fused experts has no value vectors.
     """
+    if not null:
+        raise DataError("no random sets are given, so nothing can be said to be above chance; give at least one")
     projection = VocabularyProjection.of(model)
     member = _membership([tokens, *null], len(projection.unembedding), model.device)
     scores = [torch.cat(parts) for parts in zip(*_searched(projection, member, len(tokens)), strict=True)]
@@ -196,11 +198,12 @@ def judged(
 
 def _searched(projection: VocabularyProjection, member: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Precision and z [n, S] of every layer's vectors: their tops first, then their bottoms."""
+    of_sets = member.T.float() / size
     for layer in range(projection.model.anatomy.n_layers):
         ends: dict[int, list[tuple[Tensor, Tensor]]] = {1: [], -1: []}
         for _, logits in projection.by_columns(layer):
-            z = (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True).clamp(min=1e-12)
-            mean_z = z @ member.T.float() / size
+            above = logits @ of_sets - logits.mean(1, keepdim=True)
+            mean_z = above / logits.std(1, keepdim=True).clamp(min=1e-12)
             for sign in (1, -1):
                 top = (sign * logits).topk(size).indices
                 shares = torch.stack([row[top].double().mean(1) for row in member], 1)

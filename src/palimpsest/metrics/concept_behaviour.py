@@ -40,7 +40,11 @@ Prompts = dict[str, tuple[str, ...]]
 
 @dataclass(frozen=True, eq=False)
 class Agreement:
-    """Of n answers with the original's, each [n] in float64 from 0 to 1, in the prompts' order."""
+    """Of n answers with the original's, each [n] in float64 from 0 to 1, in the prompts' order.
+
+    Where the original says nothing, or too little for BLEU, nobody agrees wholly with it: its agreement with itself is
+    the ceiling.
+    """
 
     bleu: Tensor
     """`bleu4@method3` against the original's answer."""
