@@ -147,10 +147,8 @@ def discover(model: LanguageModel, tokens: Sequence[int], null: Sequence[Sequenc
     projection = VocabularyProjection.of(model)
     member = _membership([tokens, *null], len(projection.unembedding), model.device)
     scores = [torch.cat(parts) for parts in zip(*_searched(projection, member, len(tokens)), strict=True)]
-    (precision, z), (null_precision, null_z) = (
-        (score[:, 0] for score in scores),
-        (score[:, 1:].max() for score in scores),
-    )
+    precision, z = (score[:, 0] for score in scores)
+    null_precision, null_z = (score[:, 1:].max().item() for score in scores)
     d_ff = model.anatomy.d_ff
 
     def scored(place: int) -> ConceptVector:
@@ -159,9 +157,11 @@ def discover(model: LanguageModel, tokens: Sequence[int], null: Sequence[Sequenc
         return ConceptVector(vector, precision[place].item(), z[place].item())
 
     above = (precision > null_precision) | (z > null_z)
-    found = sorted(map(scored, above.nonzero()[:, 0].tolist()), key=_most_precise)
-    best = min(map(scored, (precision == precision.max()).nonzero()[:, 0].tolist()), key=_most_precise)
-    return Discovery(tuple(found), best, null_precision.item(), null_z.item())
+    found = sorted(
+        map(scored, above.nonzero()[:, 0].tolist()), key=lambda each: (-each.precision, -each.z, each.vector)
+    )
+    best = z.where(precision == precision.max(), -torch.inf).argmax()
+    return Discovery(tuple(found), scored(int(best)), null_precision, null_z)
 
 
 def judged(
@@ -235,11 +235,6 @@ def _strongest(projection: VocabularyProjection, layer: int, k: int, left_out: f
         negative, column = divmod(place, len(logits) // 2)
         vector = ValueVector(layer, column, -1 if negative else 1)
         yield TopTokens(vector, tuple(ids[place].tolist()), tuple(logits[place].tolist()))
-
-
-def _most_precise(scored: ConceptVector) -> tuple[float, float, ValueVector]:
-    """The order of what was found."""
-    return -scored.precision, -scored.z, scored.vector
 
 
 def _kind(written: str) -> tuple[bool, str]:
