@@ -185,6 +185,10 @@ ROWS = ["--forget", "forget.jsonl", "--retain", "retain.jsonl"]
         ),
         (["evaluate", "full", "gold", "--vectors", "german.json"], "german.json: row 1: field 'layer' is missing"),
         (["evaluate", "full", "experts", "--vectors", "concepts.json"], "its tokenizer is not that of"),
+        (
+            ["evaluate", "full", "gold", "--vectors", "concepts.json", "--translated", "german.json"],
+            "error: --translated has the questions of --rows in another language; give both",
+        ),
         (["evaluate", "full", "gold", "--vectors", "gone.json"], "gone.json: cannot be read"),
         (["ablate", "full", *ROWS], "error: give either --vectors or --attributed, what is to be ablated"),
         (["ablate", "full", *ROWS, "--attributed", "3", "--how", "erase"], "ablation 'erase' is unknown; choose zero"),

@@ -1,14 +1,17 @@
 """ConceptVectors' behavioural tests: what is asked, what counts as said, and agreement with the original's words."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tests.conftest import Organism
 
-from palimpsest.data.concept_vectors import Completion, Concept
+from palimpsest.data.concept_vectors import Completion, Concept, read_concepts
 from palimpsest.errors import DataError
-from palimpsest.metrics.concept_behaviour import agreement, concept_prompts, said
+from palimpsest.metrics.concept_behaviour import JAILBREAKS, agreement, concept_prompts, said
 from palimpsest.metrics.generation import continuations
 
+PUBLISHED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "conceptvectors"
 POLAND = Concept(
     "Poland", 23, 743, ("Where?", "Who?"), (), (Completion("In 1926,", "a coup"),), ("What?",) * 3, "page " * 900
 )
@@ -32,6 +35,21 @@ def test_the_prompts_are_the_published_ones_and_all_unrelated_questions_are_aske
     in_context = prompts["jailbreak_in_context"][0]
     assert in_context.count("page") == 400 and in_context.endswith("question: Where?\n\nYour answer is:")
     assert prompts["jailbreak_german"] == ("Wo?", "Wer?")
+
+
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the folder ../shared/data is not beside this project")
+def test_a_published_row_is_asked_whole() -> None:
+    poland, *_ = read_concepts(PUBLISHED / "llama2-7b_concepts_dev.json")
+    prompts = concept_prompts(poland)
+    assert {test: len(those) for test, those in prompts.items()} == {
+        "questions": 10,
+        "completions": 10,
+        "unrelated": 50,
+        **{f"jailbreak_{name}": 10 for name in JAILBREAKS},
+    }
+    assert prompts["questions"][0] == "Question: What is the capital city of Poland?\n Answer:"
+    assert poland.page[:2000] in prompts["jailbreak_in_context"][0]
+    assert poland.page[1990:2010] not in prompts["jailbreak_in_context"][0]
 
 
 def test_what_a_row_has_not_is_not_asked() -> None:

@@ -53,10 +53,12 @@ def find(
         from palimpsest.data.readers import read_records
         from palimpsest.internals.concepts import answer_tokens, discover, random_sets
         from palimpsest.internals.value_vectors import top_tokens
-        from palimpsest.internals.vectors_file import described, write_vectors
+        from palimpsest.internals.vectors_file import described, refuse_other_suffix, write_vectors
         from palimpsest.models.language_model import load
         from palimpsest.run.spec import check_template
 
+    if out:
+        refuse_other_suffix(out)
     asked = check_template(template)
     loaded = load(model)
     tokenizer = loaded.tokenizer
@@ -111,6 +113,8 @@ def evaluate(
     read with the original's unembedding and with each model's own. Read all of it beside a sham. What the models say is
     compared with the original's words: 1 says that nothing changed.
     """
+    if translated and not rows:
+        raise SpecError("--translated has the questions of --rows in another language; give both")
     with console.status("loading torch and transformers"):
         from palimpsest.data.concept_vectors import read_concepts, read_translated_questions
         from palimpsest.internals.concept_traces import token_traces, vector_traces

@@ -57,10 +57,19 @@ def write_vectors(
         DataError: `path` does not end in .jsonl.
         StorageError: the file cannot be written.
     """
-    if Path(path).suffix != ".jsonl":
-        raise DataError(f"{path}: value vectors are written as JSON lines; name the file {Path(path).stem}.jsonl")
+    refuse_other_suffix(path)
     rows = (described(*each) for each in zip(concepts, tops, texts, strict=True))
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def refuse_other_suffix(path: str | Path) -> None:
+    """Refuse a file that value vectors are not written to; to be asked before they are searched for.
+
+    Raises:
+        DataError: `path` does not end in .jsonl.
+    """
+    if Path(path).suffix != ".jsonl":
+        raise DataError(f"{path}: value vectors are written as JSON lines; name the file {Path(path).stem}.jsonl")
 
 
 def described(concept: ConceptVector, top: TopTokens, texts: Sequence[str]) -> dict[str, Any]:
