@@ -118,15 +118,26 @@ def test_random_sets_are_as_large_as_the_concept_and_have_nothing_of_it(tokens, 
 TOKENIZER = tiny_tokenizer()
 
 
-def test_a_random_token_looks_like_the_one_that_it_stands_for(trained: Organism):
+def test_random_tokens_look_like_the_concepts(trained: Organism):
     tokenizer = trained.full.tokenizer
     written = {token: text for text, token in tokenizer.get_vocab().items()}
     concept = list(word_tokens(tokenizer, ["Oslo", "plays", "violin"]))
+
+    def looks(tokens) -> list[tuple[bool, bool, bool]]:
+        texts = [written[token] for token in tokens]
+        bare = [text.strip("Ġ▁ ") for text in texts]
+        return sorted(
+            (text[0].isalpha(), one[0].isupper(), one.isalpha()) for text, one in zip(texts, bare, strict=True)
+        )
+
     for drawn in random_sets(tokenizer, concept, 10, seed=2):
-        for own, other in zip(concept, drawn, strict=True):
-            one, two = written[own], written[other]
-            assert one.strip("Ġ▁ ")[0].isupper() == two.strip("Ġ▁ ")[0].isupper()
-            assert one[0].isalpha() == two[0].isalpha() and two.strip("Ġ▁ ").isalpha()
+        assert looks(drawn) == looks(concept)
+
+
+def test_where_no_more_tokens_look_alike():
+    """`!` is the only mark, so another token stands for it."""
+    marks = tiny_tokenizer(first_word="!")
+    assert all(len(set(drawn)) == 2 and 4 not in drawn for drawn in random_sets(marks, [4, 9], 20, seed=0))
 
 
 def test_too_few_other_tokens():

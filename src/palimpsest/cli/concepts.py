@@ -60,14 +60,12 @@ def find(
     if out:
         refuse_other_suffix(out)
     asked = check_template(template)
+    records = {file: read_records(file, format) for file in (rows, others) if file}  # type: ignore[arg-type]
     loaded = load(model)
     tokenizer = loaded.tokenizer
-
-    def answers(file: str) -> tuple[int, ...]:
-        return answer_tokens(tokenizer, read_records(file, format), template=asked)  # type: ignore[arg-type]
-
-    concept = answers(rows) if rows else tuple(_tokens_of(loaded, tokens or ""))
-    pool = answers(others) if others else None
+    answers = {file: answer_tokens(tokenizer, each, template=asked) for file, each in records.items()}
+    concept = answers[rows] if rows else tuple(_tokens_of(loaded, tokens or ""))
+    pool = answers[others] if others else None
     with console.status("searching every layer"):
         found = discover(loaded, concept, random_sets(tokenizer, concept, sets, seed=seed, pool=pool))
         shown = (found.best, *found.found)

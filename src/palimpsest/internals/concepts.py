@@ -9,6 +9,7 @@ Shapes: V the vocabulary, n vectors, S token sets, T tokens of each.
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ from palimpsest.models.language_model import LanguageModel
 
 Judge = Callable[[Sequence[str]], float]
 """How clearly tokens, most said first, belong to one concept: from 0 to 1."""
+Kind = tuple[bool, str]
+"""What a token looks like: whether it begins a word, and what it is made of."""
 
 JUDGED_TOKENS = 200
 CLEAR = 0.85
@@ -104,8 +107,8 @@ def random_sets(
 ) -> list[tuple[int, ...]]:
     """Sets of as many other tokens, to search for as one searches for the concept's.
 
-    Without a pool, each stands for one of the concept's tokens and looks like it: it begins a word or goes on with one,
-    and is capitalised, in small letters, a number or none of these.
+    Without a pool, as many begin a word or go on with one, are capitalised, in small letters, a number or none of these
+    as of the concept's tokens.
 
     Args:
         tokenizer: of the model.
@@ -125,9 +128,11 @@ def random_sets(
         raise DataError(
             f"{len(candidates)} other tokens are too few for random sets of {len(tokens)}; give more rows to draw from"
         )
-    alike = _by_kind(candidates, written) if pool is None else {}
-    rng = random.Random(seed)
-    return [_drawn(tokens, candidates, alike, written, rng) for _ in range(n_sets)]
+    alike: dict[Kind, list[int]] = {}
+    for token in candidates if pool is None else ():
+        alike.setdefault(_kind(written[token]), []).append(token)
+    kinds, rng = [_kind(written.get(token, "")) for token in tokens], random.Random(seed)
+    return [_drawn(kinds, candidates, alike, rng) for _ in range(n_sets)]
 
 
 def discover(model: LanguageModel, tokens: Sequence[int], null: Sequence[Sequence[int]]) -> Discovery:
@@ -237,8 +242,7 @@ def _strongest(projection: VocabularyProjection, layer: int, k: int, left_out: f
         yield TopTokens(vector, tuple(ids[place].tolist()), tuple(logits[place].tolist()))
 
 
-def _kind(written: str) -> tuple[bool, str]:
-    """What a token looks like: whether it begins a word, and what it is made of."""
+def _kind(written: str) -> Kind:
     begins, word = written[:1] in ("Ġ", "▁", " "), written.lstrip("Ġ▁ ")
     if word.isdecimal():
         return begins, "number"
@@ -247,30 +251,15 @@ def _kind(written: str) -> tuple[bool, str]:
     return begins, "other"
 
 
-def _by_kind(candidates: Sequence[int], written: dict[int, str]) -> dict[tuple[bool, str], list[int]]:
-    kinds: dict[tuple[bool, str], list[int]] = {}
-    for token in candidates:
-        kinds.setdefault(_kind(written[token]), []).append(token)
-    return kinds
-
-
 def _drawn(
-    tokens: Sequence[int],
-    candidates: Sequence[int],
-    alike: dict[tuple[bool, str], list[int]],
-    written: dict[int, str],
-    rng: random.Random,
+    kinds: Sequence[Kind], candidates: Sequence[int], alike: dict[Kind, list[int]], rng: random.Random
 ) -> tuple[int, ...]:
-    """One set: for each of the concept's tokens one that looks like it, or any where none is left that does."""
-    drawn: dict[int, None] = {}
-    shuffled = {kind: rng.sample(those, len(those)) for kind, those in alike.items()}
-    anything = rng.sample(candidates, len(candidates))
-    for token in tokens:
-        own = shuffled.get(_kind(written.get(token, "")), [])
-        while own and own[-1] in drawn:
-            own.pop()
-        source = own or anything
-        while source[-1] in drawn:
-            source.pop()
-        drawn[source.pop()] = None
-    return tuple(drawn)
+    """One set: of every kind as many as there are in `kinds`, or any others where there are no more of a kind."""
+    drawn = [
+        token
+        for kind, wanted in Counter(kinds).items()
+        for token in rng.sample(alike.get(kind, []), min(wanted, len(alike.get(kind, []))))
+    ]
+    # As many as the set takes, so that enough are left without those that are in it already.
+    others = [token for token in rng.sample(candidates, len(kinds)) if token not in drawn]
+    return (*drawn, *others[: len(kinds) - len(drawn)])
