@@ -8,12 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from tests.conftest import Organism
 from tests.models.tiny_families import EXPERT, tiny, tiny_model, tiny_tokenizer
 
+from palimpsest.data.batches import encode
 from palimpsest.errors import DataError, ModelError
 from palimpsest.internals import concept_traces
+from palimpsest.internals.attribution import attribution, most
 from palimpsest.internals.concept_traces import changed_rows, token_traces, vector_traces
 from palimpsest.internals.value_vectors import ValueVector, VocabularyProjection
+from palimpsest.metrics.likelihood import answer_probability
 from palimpsest.models.anatomy import Anatomy
 from palimpsest.models.language_model import LanguageModel
 
@@ -100,6 +104,18 @@ def test_a_zeroed_vector_among_untouched_ones():
     assert (zeroed.change.cosine, zeroed.change.relative_l2, zeroed.change.z) == (0.0, pytest.approx(1.0), None)
     assert untouched.change.relative_l2 == 0.0 and untouched.change.cosine == pytest.approx(1.0)
     assert untouched.jaccard_own == {10: 1.0}  # 50 and 200 are more than the vocabulary has
+
+
+def test_a_model_that_lost_the_traced_vectors_may_still_say_it_all(organism: Organism):
+    """The score can be gamed: what is traced is destroyed, and everything else answers."""
+    changed, rows = organism.full.copy(), organism.request.forget
+    traced = most(attribution(changed, encode(rows, changed.tokenizer)), 16)
+    with torch.no_grad():
+        for vector in traced:
+            changed.anatomy.value_vectors(vector.layer)[vector.column] = 0
+    traces = vector_traces(organism.full, changed, traced)
+    assert all(trace.change.cosine == 0 and trace.change.relative_l2 == pytest.approx(1) for trace in traces)
+    assert answer_probability(changed, rows).mean() > 0.8
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
