@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from palimpsest.audit.measures import TOFU_SETS, measures
-from palimpsest.metrics import cloze, entity, locality, multiple_choice, muse, probe
+from palimpsest.metrics import bleu, cloze, entity, locality, multiple_choice, muse, probe
 from palimpsest.metrics.membership import MembershipScores, membership_scores
 from palimpsest.metrics.tofu import UtilityRatio, model_utility_definition
 from palimpsest.metrics.truth_ratio import TruthRatio
@@ -29,7 +29,7 @@ def test_every_definition_has_its_row() -> None:
     names = {f"truth_ratio@{name}" for name in get_args(TruthRatio)}
     names |= {muse.verbmem_definition(name) for name in get_args(muse.VerbMem)}
     names |= {muse.KNOWMEM, muse.PRIVLEAK, entity.DEFINITION, locality.DEFINITION}
-    names |= {cloze.DEFINITION, probe.DEFINITION, forget_matrix.DEFINITION}
+    names |= {bleu.DEFINITION, cloze.DEFINITION, probe.DEFINITION, forget_matrix.DEFINITION}
     names |= {multiple_choice.definition(examples) for examples in (0, 5)}
     names |= {model_utility_definition(name) for name in get_args(UtilityRatio) if name != "open_unlearning"}
     missing = {name for name in names if f"| `{name}` |" not in TABLE}

@@ -153,6 +153,35 @@ def test_where_the_level_is_out_of_reach_it_ends_at_the_lowest_point():
     assert trace[-1] == min(trace) and len(trace) <= DOUBLINGS + 2
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt", "falcon"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_vectors_are_taken_out_whole(family, precision):
+    model = tiny_model(family)
+    model.network.to(precision)
+    before = [model.anatomy.value_vectors(layer).detach().clone() for layer in range(model.anatomy.n_layers)]
+    update = Needle(vectors=[(0, 3), (1, 5)], zero=True).run(model, REQUEST)
+    update.apply(model)
+    for layer, matrix in enumerate(before):
+        for number, vector in ((3, 0), (5, 1)):
+            if layer == vector:
+                matrix[number] = 0
+        assert torch.equal(model.anatomy.value_vectors(layer), matrix)
+    assert last(update)["step"] == 1.0
+
+
+def test_no_more_of_a_vector_is_taken_away_than_there_is():
+    model = toy_model()
+    alone = {number: Needle(vectors=[(1, number)], zero=True).run(model, REQUEST) for number in range(24)}
+    start = alone[0].provenance["trace"][0]["forget_probability"]
+    helpful = [(1, number) for number, update in alone.items() if last(update)["forget_probability"] < start]
+    whole = Needle(vectors=helpful, zero=True).run(model, REQUEST, Stop(200, 1e-9))
+    assert whole.provenance["stopped"].startswith("the level was not reached at any length")
+    assert last(whole)["step"] == 1.0 == max(point["step"] for point in whole.provenance["trace"])
+    level = (start + last(whole)["forget_probability"]) / 2
+    half = Needle(vectors=helpful, zero=True).run(model, REQUEST, Stop(200, level))
+    assert 0 < last(half)["step"] < 1 and last(half)["forget_probability"] == pytest.approx(level, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

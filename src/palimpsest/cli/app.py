@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from palimpsest.cli import audit, compare, doctor, lens, metrics, report, run, studies, train, unlearn, update, verify
+from palimpsest.cli import (
+    audit,
+    compare,
+    concepts,
+    doctor,
+    lens,
+    metrics,
+    report,
+    run,
+    studies,
+    train,
+    unlearn,
+    update,
+    verify,
+)
 from palimpsest.cli.output import fail
 from palimpsest.errors import PalimpsestError
 
@@ -31,6 +45,7 @@ app.command("train")(train.train)
 app.command("unlearn")(unlearn.unlearn)
 app.add_typer(update.app, name="update")
 app.add_typer(lens.app, name="lens")
+app.add_typer(concepts.app, name="concepts")
 app.command("audit")(audit.audit)
 app.command("verify")(verify.verify)
 app.command("report")(report.report)

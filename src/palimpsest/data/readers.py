@@ -119,7 +119,7 @@ def _file_rows(path: Path, format: Format | None) -> Rows:
 
 
 def _json_rows(path: Path, format: Format | None) -> Rows:
-    text = _read_text(path)
+    text = read_text(path)
     if text.lstrip().startswith("["):
         return _array_rows(path, text, format)
     if format == "text" and not text.lstrip().startswith("{"):
@@ -159,14 +159,14 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _paragraph_rows(path: Path, format: Format | None) -> Rows:
-    text = _read_text(path).replace("\r\n", "\n")
+    text = read_text(path).replace("\r\n", "\n")
     paragraphs = (paragraph.strip("\n") for paragraph in re.split(r"\n(?:[ \t]*\n)+", text))
     for row, paragraph in enumerate(filter(str.strip, paragraphs), start=1):
         yield row, {"text": paragraph}
 
 
 def _csv_rows(path: Path, format: Format | None) -> Rows:
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     row = 0
     try:
         header = _header(path, reader.fieldnames or ())
@@ -225,7 +225,12 @@ def _hub_rows(name: str, dataset: str, config: str | None, split: str) -> Rows:
         yield row, dict(fields)
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A UTF-8 file's text, without a byte order mark.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:

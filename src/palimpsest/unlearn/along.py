@@ -30,6 +30,7 @@ def go_along(
     stop: Stop,
     *,
     started: float,
+    doublings: int = DOUBLINGS,
 ) -> Update:
     """Go along a fixed direction of change until `stop`; the model is left as it was.
 
@@ -45,6 +46,7 @@ def go_along(
         request: what to forget and keep.
         stop: levels and budgets; its steps are not for this.
         started: when the method began, on the monotonic clock.
+        doublings: of the first length, at most; with none it is the furthest.
 
     Raises:
         TrainingError: the start model's measurements are not finite.
@@ -61,7 +63,7 @@ def go_along(
         return gauge.measure(length)
 
     try:
-        reason, trace = _search(measure, first, stop, method.name)
+        reason, trace = _search(measure, first, doublings, stop, method.name)
         measure(trace[-1].step)
         found = {"stopped": reason, "trace": [asdict(point) for point in trace]}
         return Update.between(start, parameters, provenance | found | {"seconds": time.monotonic() - started})
@@ -70,7 +72,7 @@ def go_along(
 
 
 def _search(
-    measure: Callable[[float], Measurement], first: float, stop: Stop, name: str
+    measure: Callable[[float], Measurement], first: float, doublings: int, stop: Stop, name: str
 ) -> tuple[str, list[Measurement]]:
     """Why it stopped, and the measurements on the way, the last of them where it stopped."""
     trace = [measure(0.0)]
@@ -80,7 +82,7 @@ def _search(
         return reason, trace
     if stop.forget_probability is None and stop.forget_accuracy is None and stop.retain_kl is None:
         return f"no level was asked for, so it went {first:g} far", [*trace, measure(first)]
-    for doubling in range(DOUBLINGS + 1):
+    for doubling in range(doublings + 1):
         now = measure(first * 2**doubling)
         if not _finite(now):
             break
