@@ -48,7 +48,7 @@ METHODS: tuple[Method, ...] = (
     GradientDifference(**_KEEP),
     NPO(**_KEEP),
     SimNPO(**_KEEP),
-    DPO(**_KEEP),
+    DPO(**_KEEP | {"retain_weight": 0.5}),  # beside a loss that is not divided by beta, as much as NPO's 10
     RandomLabels(**_KEEP),
     KFade(),
     RMU(alpha=20.0, batch_size=16),
