@@ -47,7 +47,7 @@ def cell(
         "recovered": {name: forms(krs) for name, krs in (whole | single).items()},
         "depth": {"score": depth, "encoding": [1.0] * len(layers)},
         "vectors": {"cosine": cosine},
-        "relearned": {"held_out": {"before": forget, "after": after}},
+        "relearned": {"held_out": {"before": forget, "after": after}, "taught": {"before": forget, "after": 0.75}},
     }
 
 
@@ -67,6 +67,11 @@ def seed_of(**changed: Cell) -> Seed:
 def every(**changed: Any) -> Seed:
     """Every fine-tuning method with the same numbers."""
     return {name: cell(**changed) for name in FINE_TUNING}
+
+
+def told(value: float, *others: str) -> str:
+    """The note of one value of every fine-tuning method and some other models."""
+    return ", ".join(f"{name} {value:.2f}" for name in (*FINE_TUNING, *others))
 
 
 def judged(seed: Seed) -> dict[str, Claim]:
@@ -115,6 +120,7 @@ def test_the_numbers_are_those_of_the_cells() -> None:
     assert "by the KL 0.80 against 0.20" in claims["a/coefficients"].note
     assert claims["a/final"].note == "from the first layer 0.10, 0.20, 0.30"
     assert "UDS 0.40" in claims["d/rmu"].note and "needle 0.70" in claims["f/order"].note
+    assert claims["g/returns"].note.endswith("gold 0.05; of the subjects taught " + told(0.75, "gold"))
 
 
 def test_methods_that_fell_short_of_the_level_are_named() -> None:

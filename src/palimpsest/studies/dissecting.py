@@ -221,7 +221,7 @@ def _of_needle(cells: Cells) -> list[Claim]:
 
 def _of_relearning(cells: Cells) -> list[Claim]:
     names = [*(method.name for method in METHODS), Needle.name]
-    back = _values(cells, [*fine_tuning(), "gold"], _comes_back)
+    back, taught = (_values(cells, [*fine_tuning(), "gold"], quantity) for quantity in (_comes_back, _taught))
     depths, returns = _values(cells, names, _depth), _values(cells, names, _comes_back)
     return [
         _claim(
@@ -241,7 +241,7 @@ def _of_relearning(cells: Cells) -> list[Claim]:
             [_mean([v for name, v in values.items() if name != "gold"]) - values["gold"] for values in back],
             bound=0.0,
             source=RELEARNING,
-            note=_by_method(back),
+            note=_joined(_by_method(back), f"of the subjects taught {_by_method(taught)}"),
         ),
     ]
 
@@ -278,6 +278,11 @@ def _depth(cell: Cell) -> float:
 
 def _comes_back(cell: Cell) -> float:
     return float(cell["relearned"]["held_out"]["after"])
+
+
+def _taught(cell: Cell) -> float:
+    """What it answers about the subjects that it relearned: where that is little, the relearner was too weak."""
+    return float(cell["relearned"]["taught"]["after"])
 
 
 def _values(cells: Cells, names: Sequence[str], quantity: Quantity) -> list[dict[str, float]]:
