@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tests.tiny import invoke
 
-from palimpsest.studies import kfade, task_cells, task_forgetting
+from palimpsest.studies import dissecting, kfade, task_cells, task_forgetting
 from palimpsest.studies.claims import Claim
 
 CLAIMS = [
@@ -39,12 +39,26 @@ def test_people_get_a_table(asked: list[kfade.Plan]) -> None:
     assert all(word in out for word in ("a/people", "0.25 to 0.75", "reproduced", "d/people/[x]"))
 
 
+def test_the_study_of_dissecting_takes_every_model_unless_some_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plans: list[dissecting.Plan] = []
+    monkeypatch.setattr(dissecting, "run", lambda plan: plans.append(plan) or CLAIMS)
+    assert invoke("studies", "run", "dissecting")[0] == 0
+    some = ["--cell", "sham", "--seeds", 2, "--first-seed", 4, "--out", tmp_path]
+    assert invoke("studies", "run", "dissecting", *some)[0] == 0
+    every, few = plans
+    assert every.cells == dissecting.CELLS and list(every.seeds) == [0, 1, 2]
+    assert (few.cells, list(few.seeds), few.folder) == (["sham"], [4, 5], tmp_path / "dissecting")
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         (["task_forgetting", "--model", "gpt2"], "error: --model and --tasks go together: a model of yours and the"),
         (["kfade", "--regime", "peopel"], "error: --regime peopel: unknown; there are people, topic, tofu"),
         (["kfade", "--cell", "ekfca"], "error: --cell ekfca: unknown; there are controls, kfade, "),
+        (["dissecting", "--cell", "gild"], "error: --cell gild: unknown; there are full, gold, sham, "),
         (
             ["kfade", "--regime", "topic"],
             "error: wikitext2/valid.txt: WikiText-2 is needed here; give the folder that holds wikitext2/",

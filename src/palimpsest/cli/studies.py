@@ -72,6 +72,22 @@ def tuned_lens(
     _tell(run(Plan(span, data, out / "tuned_lens", regime or known, cell or ())), as_json)
 
 
+@studies.command("dissecting")
+def dissecting(
+    seeds: Seeds = 3,
+    first_seed: FirstSeed = 0,
+    cell: Annotated[list[str] | None, typer.Option(help="Measure only these models, e.g. sham, npo.")] = None,
+    out: Out = Path("runs/studies"),
+    as_json: Json = False,
+) -> None:
+    """Does fine-tuning erase or only suppress, and which white-box measure would tell?"""
+    with console.status("loading torch and transformers"):
+        from palimpsest.studies.dissecting import Plan, run
+        from palimpsest.studies.dissecting_cells import CELLS
+    _refuse_unknown("cell", cell, CELLS)
+    _tell(run(Plan(range(first_seed, first_seed + seeds), out / "dissecting", cell or CELLS)), as_json)
+
+
 @studies.command("task_forgetting")
 def task_forgetting(
     seeds: Seeds = 5,

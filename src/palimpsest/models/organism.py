@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -156,6 +156,14 @@ def training_examples(records: Sequence[Record], tokenizer: PreTrainedTokenizerB
     if recipe.pack is None:
         return encode(records, tokenizer, end=True, max_length=recipe.architecture.context)
     return pack(encode(records, tokenizer, end=True), length=recipe.pack)
+
+
+def untrained_like(model: LanguageModel, seed: int) -> LanguageModel:
+    """The same architecture with random weights, of the same type and on the same device."""
+    torch.manual_seed(seed)
+    network: Any = type(model.network)(model.network.config)
+    network.to(model.device, model.network.dtype).eval()
+    return LanguageModel(network, model.tokenizer, Anatomy.of(network), "untrained")
 
 
 def new_model(architecture: Architecture, tokenizer: PreTrainedTokenizerBase, seed: int) -> LanguageModel:

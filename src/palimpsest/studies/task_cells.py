@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from palimpsest.data.batches import Encoded, encode
@@ -25,9 +24,9 @@ from palimpsest.errors import SpecError
 from palimpsest.files import write_json
 from palimpsest.metrics.cloze import cloze, encode_choices
 from palimpsest.metrics.probe import probe_accuracy
-from palimpsest.models.anatomy import Anatomy, Site
+from palimpsest.models.anatomy import Site
 from palimpsest.models.language_model import LanguageModel, load
-from palimpsest.models.organism import Architecture, new_model
+from palimpsest.models.organism import Architecture, new_model, untrained_like
 from palimpsest.models.states import hidden_states
 from palimpsest.models.tokenizers import word_tokenizer
 from palimpsest.models.training import TrainingSettings, train
@@ -121,11 +120,7 @@ class Seed:
     @cached_property
     def untrained(self) -> LanguageModel:
         """The same architecture with random weights."""
-        start = self.setting.start
-        torch.manual_seed(self.seed)
-        network: Any = type(start.network)(start.network.config)
-        network.to(start.device, start.network.dtype).eval()
-        return LanguageModel(network, start.tokenizer, Anatomy.of(network), "untrained")
+        return untrained_like(self.setting.start, self.seed)
 
     def measure(self) -> Measured:
         """Teach, then forget each task that was learned, in three ways."""

@@ -1,0 +1,346 @@
+"""Does fine-tuning-based unlearning erase, and which measure would tell?
+
+Hong et al. 2024 (arXiv 2410.06606) put the original's activations back into an unlearned model, see most of the answers
+return, and conclude that the knowledge is still in its value vectors. The same is done here to a model that never
+unlearned anything (sham), and beside two measures that have a scale of their own: the Unlearning Depth Score (UDS,
+arXiv 2605.24614), and what relearning some subjects brings back of others.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from palimpsest.metrics.statistics import over_seeds
+from palimpsest.studies.cells import Cell
+from palimpsest.studies.claims import Claim
+from palimpsest.studies.dissecting_cells import CELLS, METHODS, Bench, at_layer
+from palimpsest.studies.forget_matrix import spearman
+from palimpsest.studies.regimes import REGIMES
+from palimpsest.unlearn.needle import Needle
+from palimpsest.unlearn.rmu import RMU
+
+SOURCE, DEPTH, TRACES, RELEARNING = "arXiv 2410.06606", "arXiv 2605.24614", "arXiv 2406.11614", "arXiv 2410.08827"
+REGIME = "people"
+BOTH = "coefficients and attention"
+OTHER_FORMS = {"krs_of_sums": "as a ratio of sums", "krs_kl": "by the KL", "lpr": "by log-probability"}
+
+Cells = Mapping[int, Mapping[str, Cell]]
+"""By seed, then by model."""
+Quantity = Callable[[Cell], float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the study is to do."""
+
+    seeds: Sequence[int]
+    folder: Path
+    """Keeps one JSON file a model; what is there is not measured again."""
+    cells: Sequence[str] = CELLS
+    """Which models."""
+
+
+def run(plan: Plan) -> list[Claim]:
+    """Measure what is missing, then judge the claims."""
+    return judge(
+        {
+            seed: Bench(lambda seed: REGIMES[REGIME](seed, None), seed, plan.folder / f"seed-{seed}").measure(
+                plan.cells
+            )
+            for seed in plan.seeds
+        }
+    )
+
+
+def judge(cells: Cells) -> list[Claim]:
+    """Every claim, from the cells by seed; those whose cells are missing are left out."""
+    claims = [*_of_the_paper(cells), *_of_sham(cells), *_of_depth(cells), *_of_matrices(cells), *_of_needle(cells)]
+    return [claim for claim in (*claims, *_of_relearning(cells)) if claim.seeds]
+
+
+def fine_tuning() -> list[str]:
+    """The methods that may move every weight, which is what the paper's claims are about; RMU moves value matrices."""
+    return [method.name for method in METHODS if method.name != RMU.name]
+
+
+def _of_the_paper(cells: Cells) -> list[Claim]:
+    names = fine_tuning()
+    gains = _values(cells, names, lambda cell: _krs(cell, "coefficients") - _krs(cell, "value"))
+    shares = _values(cells, names, lambda cell: _krs(cell, "attention") / _krs(cell, "coefficients"))
+    cosines = _values(cells, names, _cosine)
+    return [
+        _claim(
+            "a/coefficients",
+            "The original's coefficients bring back more of the answers than its value vectors do.",
+            "KRS, coefficients patched less value matrices restored, all layers, mean over fine-tuning methods",
+            _means(gains),
+            bound=0.0,
+            note=_joined(_both(cells, names, "coefficients", "value"), _short_of_the_level(cells, names)),
+        ),
+        _claim(
+            "a/attention",
+            "Attention's outputs alone bring back little: less than half of what coefficients do.",
+            "KRS, attention patched over coefficients patched, all layers, mean over fine-tuning methods",
+            _means(shares),
+            bound=0.5,
+            below=True,
+            note=_both(cells, names, "attention", "coefficients"),
+        ),
+        _claim(
+            "a/final",
+            "Of single layers, the last one's coefficients bring back most.",
+            "KRS, coefficients patched in one layer, the last less the best of the others, mean over the same methods",
+            _means(_values(cells, names, _lead_of_the_last)),
+            bound=0.0,
+            note=_profile(cells, names),
+        ),
+        _claim(
+            "a/cosine",
+            "Fine-tuning methods leave the value vectors as they were.",
+            "median cosine of the traced value vectors with the original's, the method where it is lowest",
+            [min(values.values()) for values in cosines],
+            bound=0.98,
+            note=_by_method(cosines),
+        ),
+    ]
+
+
+def _of_sham(cells: Cells) -> list[Claim]:
+    """What never unlearned anything shows as well is no evidence of knowledge that is only suppressed."""
+    names = fine_tuning()
+    sham, unlearned = (_values(cells, some, lambda cell: _krs(cell, BOTH)) for some in (["sham"], [*names, "sham"]))
+    ratios = [values["sham"] / _mean([values[name] for name in names]) for values in unlearned]
+    return [
+        _claim(
+            "b/recovery",
+            "In a sham, which unlearned nothing, the original's activations bring back most of what they do elsewhere.",
+            f"KRS of {BOTH} in all layers, sham over the mean of fine-tuning methods",
+            ratios,
+            bound=0.5,
+            note=_joined("ours: the paper has no such control", _by_method(unlearned or sham)),
+        ),
+        _claim(
+            "b/pattern",
+            "In a sham, too, coefficients bring back more than value vectors do.",
+            "KRS of sham, coefficients patched less value matrices restored, all layers",
+            _means(_values(cells, ["sham"], lambda cell: _krs(cell, "coefficients") - _krs(cell, "value"))),
+            bound=0.0,
+            note=_joined("ours", _both(cells, ["sham"], "coefficients", "value")),
+        ),
+        _claim(
+            "b/cosine",
+            "In a sham, too, value vectors are as they were.",
+            "median cosine of the traced value vectors with the original's",
+            _means(_values(cells, ["sham"], _cosine)),
+            bound=0.98,
+            note="ours",
+        ),
+    ]
+
+
+def _of_depth(cells: Cells) -> list[Claim]:
+    sham, gold = (_values(cells, [name], _depth) for name in ("sham", "gold"))
+    scores = _values(cells, fine_tuning(), _depth)
+    return [
+        _claim(
+            "c/sham",
+            "The Unlearning Depth Score finds nothing unlearned in a sham.",
+            "UDS of sham",
+            _means(sham),
+            bound=0.2,
+            below=True,
+            source=DEPTH,
+            note=_by_method(scores),
+        ),
+        _claim(
+            "c/gold",
+            "It finds everything unlearned in gold, by which it is scaled.",
+            "UDS of gold",
+            _means(gold),
+            bound=0.99,
+            source=DEPTH,
+        ),
+    ]
+
+
+def _of_matrices(cells: Cells) -> list[Claim]:
+    """Where a method worked is where restoring brings everything back, and RMU's scrambling passes for depth."""
+    names = fine_tuning()
+    restored = _values(cells, names, lambda cell: _krs(cell, "value"))
+    depths = _values(cells, [RMU.name], _depth)
+    return [
+        _claim(
+            "d/rmu",
+            "Restoring the value matrices undoes RMU.",
+            "KRS of RMU, value matrices restored in all layers",
+            _means(_values(cells, [RMU.name], lambda cell: _krs(cell, "value"))),
+            bound=0.9,
+            note=_joined("ours", f"UDS {_mean(_means(depths)):.2f}" if depths else ""),
+        ),
+        _claim(
+            "d/others",
+            "It does not undo methods that move every weight.",
+            "KRS, value matrices restored in all layers, mean over fine-tuning methods",
+            _means(restored),
+            bound=0.5,
+            below=True,
+            note=_joined("ours", _by_method(restored)),
+        ),
+    ]
+
+
+def _of_needle(cells: Cells) -> list[Claim]:
+    names = [Needle.name, "full"]
+    kept = [seed["needle"]["forget"] / seed["full"]["forget"] for seed in cells.values() if set(names) <= seed.keys()]
+    return [
+        _claim(
+            "e/trace",
+            "Noise on the traced vectors alone passes for unlearning by the intrinsic score.",
+            "median cosine of the traced value vectors with the original's, after Needle",
+            _means(_values(cells, [Needle.name], _cosine)),
+            bound=0.5,
+            below=True,
+            source=TRACES,
+            note="ours: together with e/answers, the score can be met without forgetting",
+        ),
+        _claim(
+            "e/answers",
+            "It leaves a model that still answers.",
+            "forget probability, after Needle over before",
+            kept,
+            bound=0.5,
+            source=TRACES,
+            note="ours",
+        ),
+    ]
+
+
+def _of_relearning(cells: Cells) -> list[Claim]:
+    names = [*(method.name for method in METHODS), Needle.name]
+    back, taught = (_values(cells, [*fine_tuning(), "gold"], quantity) for quantity in (_comes_back, _taught))
+    depths, returns = _values(cells, names, _depth), _values(cells, names, _comes_back)
+    return [
+        _claim(
+            "f/order",
+            "The deeper UDS finds a method, the less of held-out subjects comes back by relearning others.",
+            "Spearman correlation over methods of UDS with the held-out subjects' probability after relearning",
+            [order for seed in cells.values() if (order := _order(seed, names)) is not None],
+            bound=0.0,
+            below=True,
+            source=DEPTH,
+            note=_joined("ours", f"UDS {_by_method(depths)}", f"relearned {_by_method(returns)}") if depths else "",
+        ),
+        _claim(
+            "g/returns",
+            "Relearning some forgotten subjects brings others back, more than in a model that never knew them.",
+            "held-out subjects' probability after relearning, mean over fine-tuning methods less gold",
+            [_mean([v for name, v in values.items() if name != "gold"]) - values["gold"] for values in back],
+            bound=0.0,
+            source=RELEARNING,
+            note=_joined(_by_method(back), f"of the subjects taught {_by_method(taught)}"),
+        ),
+    ]
+
+
+def _order(seed: Mapping[str, Cell], names: Sequence[str]) -> float | None:
+    """How depth and what relearning brings back go together over methods; None where one of them has no depth."""
+    depths, returns = (_values({0: seed}, names, quantity) for quantity in (_depth, _comes_back))
+    return spearman([*depths[0].values()], [*returns[0].values()]) if depths else None
+
+
+def _krs(cell: Cell, what: str, form: str = "krs") -> float:
+    """The paper's score; NaN where the model lost nothing that could come back."""
+    value = cell["recovered"][what][form]
+    return math.nan if value is None else float(value)
+
+
+def _lead_of_the_last(cell: Cell) -> float:
+    *others, last = _layers(cell)
+    return last - max(others)
+
+
+def _layers(cell: Cell) -> list[float]:
+    return [_krs(cell, at_layer("coefficients", layer)) for layer in range(len(cell["depth"]["encoding"]))]
+
+
+def _cosine(cell: Cell) -> float:
+    return float(cell["vectors"]["cosine"])
+
+
+def _depth(cell: Cell) -> float:
+    score = cell["depth"]["score"]
+    return math.nan if score is None else float(score)
+
+
+def _comes_back(cell: Cell) -> float:
+    return float(cell["relearned"]["held_out"]["after"])
+
+
+def _taught(cell: Cell) -> float:
+    """What it answers about the subjects that it relearned: where that is little, the relearner was too weak."""
+    return float(cell["relearned"]["taught"]["after"])
+
+
+def _values(cells: Cells, names: Sequence[str], quantity: Quantity) -> list[dict[str, float]]:
+    """By seed, the quantity of each model named; seeds in which one is missing or has none are left out."""
+    measured = [seed for seed in cells.values() if set(names) <= seed.keys()]
+    found = [{name: quantity(seed[name]) for name in names} for seed in measured]
+    return [values for values in found if np.isfinite([*values.values()]).all()]
+
+
+def _means(by_seed: Sequence[Mapping[str, float]]) -> list[float]:
+    return [_mean([*values.values()]) for values in by_seed]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _by_method(by_seed: Sequence[Mapping[str, float]]) -> str:
+    """Each model's mean over seeds."""
+    names = by_seed[0] if by_seed else ()
+    return ", ".join(f"{name} {_mean([values[name] for values in by_seed]):.2f}" for name in names)
+
+
+def _both(cells: Cells, names: Sequence[str], one: str, other: str) -> str:
+    """The two sides of a comparison in every form of the score."""
+    told = []
+    for form, how in {"krs": "KRS", **OTHER_FORMS}.items():
+        sides = [_means(_values(cells, names, partial(_krs, what=what, form=form))) for what in (one, other)]
+        if all(sides):
+            told.append(f"{how} {_mean(sides[0]):.2f} against {_mean(sides[1]):.2f}")
+    return ", ".join(told)
+
+
+def _profile(cells: Cells, names: Sequence[str]) -> str:
+    """Layer by layer, the mean over seeds and methods."""
+    found = [_layers(seed[name]) for seed in cells.values() if set(names) <= seed.keys() for name in names]
+    return "from the first layer " + ", ".join(f"{value:.2f}" for value in np.mean(found, axis=0)) if found else ""
+
+
+def _short_of_the_level(cells: Cells, names: Sequence[str]) -> str:
+    short = [name for name in names if any(name in seed and not seed[name]["reached"] for seed in cells.values())]
+    return f"short of gold's level in some seed: {', '.join(short)}" if short else ""
+
+
+def _joined(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
+
+
+def _claim(
+    name: str,
+    statement: str,
+    quantity: str,
+    values: Sequence[float],
+    *,
+    bound: float,
+    below: bool = False,
+    source: str = SOURCE,
+    note: str = "",
+) -> Claim:
+    estimate, low, high = over_seeds(values)
+    return Claim(name, statement, source, quantity, estimate, low, high, len(values), bound, below, note)
