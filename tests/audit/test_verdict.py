@@ -147,7 +147,7 @@ def with_layers(model: Evidence, legible: float, reach: float = 0.01) -> Evidenc
 @pytest.mark.parametrize(
     ("model", "outcome", "where", "says"),
     [
-        (with_layers(evidence(), 0.21), "inconclusive", "", "a lens finds no more in its layers"),
+        (with_layers(evidence(), 0.21), "inconclusive", "", "no more of them is found inside"),
         (with_layers(evidence(), 0.6), "suppressed", "in its layers", "can still be read in its layers"),
         (with_layers(evidence(), 0.28, reach=0.05), "inconclusive", "", "does not decide"),
         (with_layers(evidence(forget__nll=9.0), 0.6), "suppressed", "in its layers", "can still be read"),
@@ -168,6 +168,123 @@ def test_layers_like_golds_pass_but_erase_nothing() -> None:
     verdict = judge(with_layers(evidence(), 0.21))
     assert finding(verdict, "Read at its most telling layer").passed
     assert "erased" != verdict.outcome
+
+
+# What patching tells, where it was measured.
+
+DEPTH, RESTORED = "forget/unlearning_depth", "forget_recovery/restore_value_lpr"
+
+
+def with_depth(model: Evidence, depth: float, *, sham: float | None = 0.05, reach: float = 0.02) -> Evidence:
+    """The same evidence, and a depth where the original has 0 and gold 1."""
+    assert model.gold is not None
+    inside = abs(depth - 1) + reach < MARGIN
+    compared = Equivalence(depth - 1, depth - 1 - reach, depth - 1 + reach, MARGIN, 0.001, 0.01, inside)
+    ends = ((model.scores, depth), (model.original, 0.0), (model.gold, 1.0))
+    own, of_original, of_gold = ({**of, **scores({DEPTH: value}, reach)} for of, value in ends)
+    return replace(
+        model,
+        scores=own,
+        original=of_original,
+        gold=of_gold,
+        against_gold={**model.against_gold, DEPTH: compared},
+        sham=None if sham is None else {**(model.sham or {}), **scores({DEPTH: sham}, reach)},
+    )
+
+
+def with_restored(model: Evidence, share: float, *, sham: float | None = 0.2, reach: float = 0.05) -> Evidence:
+    """The same evidence, and what the original's value matrices bring back of this model and of a sham."""
+    beside = None if sham is None else {**(model.sham or {}), **scores({RESTORED: sham}, reach)}
+    return replace(model, scores={**model.scores, **scores({RESTORED: share}, reach)}, sham=beside)
+
+
+@pytest.mark.parametrize(
+    ("model", "outcome", "where", "says"),
+    [
+        (with_depth(evidence(), 0.99), "inconclusive", "", "no more of them is found inside"),
+        (with_depth(evidence(), 0.5), "suppressed", "in its layers", "its layers still tell the original"),
+        (with_depth(evidence(), 0.87), "suppressed", "in its layers", "its layers still tell the original"),
+        (with_depth(evidence(), 0.87, reach=0.05), "inconclusive", "", "inside does not decide"),
+        (with_depth(evidence(), 0.99, sham=None), "inconclusive", "", "inside does not decide"),
+        (with_depth(evidence(), 0.99, sham=0.95), "inconclusive", "", "inside does not decide"),
+        (with_depth(evidence(), 0.5, sham=None), "suppressed", "in its layers", "its layers still tell the original"),
+        (with_depth(evidence(forget__nll=9.0), 0.5), "suppressed", "in its layers", "its layers still tell"),
+        (with_depth(evidence(forget__nll=9.0), 0.99), "scrambled", "", "a trace of their own"),
+        (with_depth(evidence(forget__answer_probability=0.8), 0.1), "remembered", "", "more readily"),
+        (with_depth(evidence(forget__answer_probability=0.6, reach=0.6), 0.1), "inconclusive", "", "too weak"),
+        (with_depth(evidence(collapsed=COLLAPSED), 0.5), "broken", "", "proves nothing"),
+    ],
+)
+def test_a_model_like_gold_whose_states_tell_more_than_golds_is_suppressed(
+    model: Evidence, outcome: str, where: str, says: str
+) -> None:
+    verdict = judge(model)
+    assert (verdict.outcome, verdict.where) == (outcome, where) and says in verdict.summary
+
+
+def test_without_its_depth_that_model_would_have_been_inconclusive() -> None:
+    model = with_depth(evidence(), 0.5)
+    behaviour_alone = {key: score for key, score in model.scores.items() if key != DEPTH}
+    assert judge(replace(model, scores=behaviour_alone)).outcome == "inconclusive"
+    assert judge(model).outcome == "suppressed"
+
+
+@pytest.mark.parametrize(
+    ("model", "outcome", "passed"),
+    [
+        (with_restored(evidence(), 0.98), "scrambled", False),
+        (with_restored(evidence(), 0.66), "scrambled", False),
+        (with_restored(evidence(), 0.58), "inconclusive", None),
+        (with_restored(evidence(), 0.25), "inconclusive", True),
+        (with_restored(evidence(), -3.0), "inconclusive", True),
+        (with_restored(evidence(), 0.98, sham=0.97), "inconclusive", None),
+        (with_restored(evidence(), 0.4, sham=-9.0), "inconclusive", True),
+        (with_restored(evidence(), 0.98, sham=None), "inconclusive", None),
+        (with_restored(evidence(gold=False), 0.98), "inconclusive", False),
+        (with_restored(with_depth(evidence(), 0.99), 0.98), "scrambled", False),
+        (with_restored(with_depth(evidence(), 0.5), 0.98), "suppressed", False),
+        (with_restored(evidence(reach=0.3), 0.98), "inconclusive", False),
+    ],
+)
+def test_what_the_value_matrices_alone_bring_back_far_beyond_sham_was_scrambled(
+    model: Evidence, outcome: str, passed: bool | None
+) -> None:
+    verdict = judge(model)
+    assert verdict.outcome == outcome
+    assert finding(verdict, "The original's value matrices bring back").passed is passed
+
+
+def test_every_finding_inside_names_its_controls() -> None:
+    verdict = judge(with_restored(with_depth(evidence(), 0.5), 0.98))
+    assert finding(verdict, "Read by the original").statement == (
+        "Read by the original, its states reach an unlearning depth of 0.500, beside gold's 1 and the sham's 0.050; "
+        "short of gold by 0.500 [0.480, 0.520]."
+    )
+    assert finding(verdict, "The original's value matrices").statement == (
+        "The original's value matrices bring back 0.98 of the log-probability that the answers lost, beside 0.20 in "
+        "the sham; that is nearer to all of it than to the sham's."
+    )
+    assert not [item for item in verdict.findings if item.statement.startswith("Internals")]
+    assert finding(verdict, "Recovery").passed is None
+
+
+def test_one_subject_tells_nothing_of_the_internals() -> None:
+    model = with_restored(with_depth(evidence(), 0.2), 0.98)
+    compared = {key: replace(found, smallest_effect=float_info.max) for key, found in model.against_gold.items()}
+    alone = {key: replace(score, clusters=1) for key, score in model.scores.items()}
+    verdict = judge(replace(model, scores=alone, against_gold=compared))
+    assert verdict.outcome == "inconclusive"
+    for start in ("Read by the original", "The original's value matrices"):
+        found = finding(verdict, start)
+        assert found.passed is None and "one subject alone allows no test" in found.statement
+
+
+def test_all_that_there_is_gives_no_erasure_while_recovery_is_untried() -> None:
+    verdict = judge(with_restored(with_depth(with_layers(evidence(), 0.21), 0.99), 0.1))
+    assert verdict.outcome == "inconclusive" and "no more of them is found inside" in verdict.summary
+    assert [item.statement for item in verdict.findings if not item.passed] == [
+        "Recovery (can it be brought back?) was not tried."
+    ]
 
 
 @pytest.mark.parametrize("ruined", [{"retain_unseen__answer_probability": 0.3}, {"collapsed": COLLAPSED}])

@@ -298,6 +298,7 @@ def test_the_verbs() -> None:
             "metrics membership",
         ),
         *("lens", "lens fit", "lens eval", "lens show", "lens detect"),
+        *("concepts", "concepts find", "concepts evaluate", "concepts ablate"),
         *("update", "update show", "update reapply", "update adapter"),
         *("studies", "studies run"),
         *(f"studies run {name}" for name in ("dissecting", "kfade", "task_forgetting", "tuned_lens")),

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from tests.conftest import Organism
 
+from palimpsest.audit.internals import Internals
 from palimpsest.audit.measures import TOFU_SETS, measures
 from palimpsest.metrics import bleu, cloze, entity, locality, multiple_choice, muse, probe
 from palimpsest.metrics.membership import MembershipScores, membership_scores
@@ -48,6 +50,13 @@ def test_every_measure_of_an_audit_is_explained() -> None:
     names = {measure.definition.split(":")[0].removesuffix("+answer") for measure in made}
     assert len(names) > 10 and TOFU_SETS
     assert {name for name in names if f"`{name}`" not in TABLE} == set()
+
+
+def test_every_measure_of_the_internals_is_explained(trained: Organism) -> None:
+    made = Internals(trained.request, trained.full, trained.gold).measures
+    names = {measure.definition.split(":")[0] for measure in made}
+    assert len(names) == 4
+    assert all(len(row(name)) == 5 for name in names)
 
 
 def test_every_attack_has_its_row(model: LanguageModel, records) -> None:  # type: ignore[no-untyped-def]

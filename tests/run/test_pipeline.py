@@ -117,6 +117,17 @@ def test_the_layers_of_every_model_are_read_and_the_lenses_kept(finished: tuple[
         assert model.scores["forget/legible_probability"].value >= model.scores["forget/answer_probability"].value
 
 
+def test_every_model_is_patched_and_the_report_shows_it(finished: tuple[Path, Audit]) -> None:
+    folder, audit = finished
+    depths = {model.name: model.scores["forget/unlearning_depth"].value for model in audit.models}
+    assert (depths["original"], depths["gold"]) == (0, 1)
+    assert depths["sham"] < min(depths["grad_diff"], depths["random_labels"])
+    for model in audit.models[1:]:
+        assert "forget_recovery/patch_coefficients_and_attention_lpr" in model.scores
+    assert "Still inside" in (folder / "report.html").read_text()
+    assert "Unlearning depth" in (folder / "report.md").read_text()
+
+
 def test_a_lens_of_other_rows_is_fitted_again(finished: tuple[Path, Audit], trained: Organism, tmp_path: Path) -> None:
     evidence = RunFolder(tmp_path / "run")
     controls: dict[Role, Candidate] = {"original": Candidate("original", "original", "", trained.full)}
@@ -313,7 +324,7 @@ def test_given_models_are_used_as_they_are(trained: Organism, given_files: dict[
     found = run(make_spec(settings), tmp_path / "run")
     assert [model.name for model in found.models] == ["original", "npo"]
     assert found.models[0].how == "Loaded from full." and found.models[0].fingerprint == trained.full.fingerprint()
-    assert {note.split(":")[0] for note in found.notes} == {"Behaviour only", "No gold", "No sham"}
+    assert {note.split(":")[0] for note in found.notes} == {"Recovery was not tried", "No gold", "No sham"}
     assert found.model("npo").stopped == "its 10 steps were used up"  # without gold there is no level to stop at
     assert verify(tmp_path / "run").ok
 

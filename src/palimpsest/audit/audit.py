@@ -8,6 +8,7 @@ from typing import Any
 from palimpsest.audit.battery import Battery, Reading
 from palimpsest.audit.environment import environment
 from palimpsest.audit.evidence import RunFolder
+from palimpsest.audit.internals import RECOVERY, Internals
 from palimpsest.audit.layers import Layers, Lenses
 from palimpsest.audit.results import Audit, Audited, Example, Role, TracePoint
 from palimpsest.audit.verdict import Evidence, judge, margin
@@ -62,7 +63,7 @@ def audit(
         spec: the resolved specification; its `seed` seeds the intervals.
         max_new_tokens: the longest greedy answer, in tokens.
         tofu: the sets of TOFU's own metrics, where those are wanted.
-        lenses: with which the layers are read, of the original and of gold; without them only behaviour is examined.
+        lenses: with which the layers are read, of the original and of gold; without them no lens reads any.
 
     Raises:
         SpecError: there is no original, two of one control, or two candidates of one name.
@@ -72,7 +73,7 @@ def audit(
     controls = controls_among(candidates)
     original, gold = controls["original"].model, controls["gold"].model if "gold" in controls else None
     layers = Layers(lenses, request, original, gold) if lenses else None
-    battery = Battery(request, original, gold, max_new_tokens, tofu, layers)
+    battery = Battery(request, original, gold, max_new_tokens, tofu, layers, Internals(request, original, gold))
     readings = _read_all(battery, candidates)
     # Before anything is computed from them: what is not a finite number is refused here, by model and item.
     run.write_scores([row for reading in readings.values() for row in reading.rows])
@@ -141,18 +142,20 @@ def _audited(
 ) -> tuple[Audited, ...]:
     """Every candidate's scores beside those of the controls, and what follows from them."""
     scores = {name: _scores(reading.rows, seed) for name, reading in readings.items()}
-    original, gold = controls["original"].name, controls["gold"].name if "gold" in controls else None
-    margins = {key: margin(scores[original][key], scores[gold][key]) for key in scores[gold]} if gold else {}
+    of_control = {role: scores[control.name] for role, control in controls.items()}
+    original, gold = of_control["original"], controls["gold"].name if "gold" in controls else None
+    margins = {key: margin(original[key], scores[gold][key]) for key in original if _to_compare(key)} if gold else {}
     audited = []
     for candidate in candidates:
         name = candidate.name
         compared = _against_gold(readings[name].rows, readings[gold].rows, margins) if gold and name != gold else {}
         evidence = Evidence(
             scores=scores[name],
-            original=scores[original],
-            gold=scores[gold] if gold else None,
+            original=original,
+            gold=of_control.get("gold"),
+            sham=of_control.get("sham"),
             against_gold=compared,
-            collapse=_collapse(readings[name], readings[original]),
+            collapse=_collapse(readings[name], readings[controls["original"].name]),
         )
         audited.append(
             Audited(
@@ -183,14 +186,21 @@ def _scores(rows: Sequence[Row], seed: int) -> dict[str, Score]:
 def _against_gold(
     rows: Sequence[Row], gold_rows: Sequence[Row], margins: Mapping[str, float]
 ) -> dict[str, Equivalence]:
-    """Only the forget side is compared with gold: elsewhere the original is what a model should be like."""
     gold = _by_measure(gold_rows)
     compared = {}
     for key, group in _by_measure(rows).items():
-        if key.startswith("forget") and not key.endswith("kl_from_gold"):
+        if _to_compare(key):
             values, clusters = _columns(group)
             compared[key] = equivalence(values, _columns(gold[key])[0], clusters, margin=margins[key])
     return compared
+
+
+def _to_compare(key: str) -> bool:
+    """Only the forget side is compared with gold: elsewhere the original is what a model should be like.
+
+    Nor is what parts of the original bring back: gold reads them in another basis.
+    """
+    return key.startswith("forget") and not key.endswith("kl_from_gold") and not key.startswith(RECOVERY)
 
 
 def _by_measure(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -254,13 +264,17 @@ def _truth(record: Text | Choice) -> str:
 
 
 def _notes(controls: Mapping[Role, Candidate], candidates: Sequence[Candidate], request: Request) -> list[str]:
-    notes = ["Behaviour only: whether the knowledge is still inside, or can be brought back, was not examined."]
+    notes = ["Recovery was not tried: whether the knowledge can be brought back is not known here."]
     if "gold" not in controls:
         notes.append(
-            "No gold: uncalibrated. Nobody can say how a model that never read the forget set would score here."
+            "No gold: uncalibrated. Nobody can say how a model that never read the forget set would score here, nor "
+            "how deep anything is unlearned."
         )
     if "sham" not in controls:
-        notes.append("No sham: what further training does to a score by itself is not known here.")
+        notes.append(
+            "No sham: uncalibrated. What further training does to a score by itself is not known here, nor what parts "
+            "of the original bring back in a model that unlearned nothing."
+        )
     for candidate in candidates:
         if candidate.update and candidate.update.provenance["request"] != request.hash:
             notes.append(

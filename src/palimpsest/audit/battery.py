@@ -6,6 +6,7 @@ from functools import cached_property
 
 from torch import Tensor, tensor
 
+from palimpsest.audit.internals import Internals
 from palimpsest.audit.layers import Layers
 from palimpsest.audit.measures import TOFU_SETS, measures
 from palimpsest.data.records import QA, Choice, Record, Text, subject_of
@@ -51,6 +52,8 @@ class Battery:
     """The sets of TOFU's own metrics, where those are wanted."""
     layers: Layers | None = None
     """How the layers are read, where that is wanted."""
+    internals: Internals | None = None
+    """What is patched, where that is wanted."""
 
     @property
     def sets(self) -> dict[str, tuple[Text, ...]]:
@@ -67,7 +70,7 @@ class Battery:
     @property
     def measures(self) -> tuple[Measure, ...]:
         """What is measured."""
-        return (*self._of_behaviour, *(self.layers.measures if self.layers else ()))
+        return (*self._of_behaviour, *(measure for inside in self._inside for measure in inside.measures))
 
     @property
     def _of_behaviour(self) -> tuple[Measure, ...]:
@@ -82,9 +85,13 @@ class Battery:
         )
 
     @property
+    def _inside(self) -> list[Layers | Internals]:
+        return [inside for inside in (self.layers, self.internals) if inside]
+
+    @property
     def steps(self) -> int:
         """How many steps `read` reports to its `tick`."""
-        return 2 * len(self.sets) + len(self.choices) + len(self._tofu_sets) + 1 + (self.layers is not None)
+        return 2 * len(self.sets) + len(self.choices) + len(self._tofu_sets) + 1 + len(self._inside)
 
     def read(self, name: str, model: LanguageModel, tick: Callable[[], None]) -> Reading:
         """Measure everything on one model; `tick` is called after each part."""
@@ -125,8 +132,8 @@ class Battery:
         tick()
         values |= self._utility(model, tick)
         rows = [row for each in self._of_behaviour for row in self._rows(name, each, values[each.key].tolist())]
-        if self.layers:
-            rows += self.layers.rows(name, model)
+        for inside in self._inside:
+            rows += inside.rows(name, model)
             tick()
         return Reading(
             tuple(rows),

@@ -4,10 +4,11 @@ Every limit is a share of the distance between the two controls, original and go
 model. It is applied to the controls too: a rule that cannot tell the original from gold proves nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from sys import float_info
 
+from palimpsest.audit.internals import DEPTH, RECOVERY
 from palimpsest.audit.results import Finding, Outcome, Verdict
 from palimpsest.metrics.collapse import Collapse
 from palimpsest.metrics.scores import Equivalence, Score
@@ -24,6 +25,8 @@ RUINED = 0.5
 WORDINGS = {"forget": "the questions as they were trained", "forget_reworded": "the same questions in other words"}
 LAYERS = "forget/legible_probability"
 """The measure of what the layers still tell, where they were read."""
+RESTORED = f"{RECOVERY}/restore_value_lpr"
+"""The measure of what the original's value matrices bring back."""
 
 
 def margin(original: Score, gold: Score) -> float:
@@ -43,36 +46,66 @@ class Evidence:
     """By `Measure.key`; empty without gold and for gold itself."""
     collapse: Collapse
     """Of its answers to unseen retain questions."""
+    sham: Mapping[str, Score] | None = None
+
+    def of_sham(self, key: str) -> Score | None:
+        """The sham's score, if there is a sham and it was measured."""
+        return self.sham.get(key) if self.sham else None
+
+
+@dataclass(frozen=True)
+class _Forgetting:
+    """What was found of the forgotten facts; None where it was not measured."""
+
+    wordings: Mapping[str, Finding]
+    """By the set that is asked."""
+    layers: Finding | None
+    depth: Finding | None
+    overshoot: Finding
+    restored: Finding | None
+
+    @property
+    def inside(self) -> tuple[Finding, ...]:
+        """What speaks of the internals."""
+        return tuple(finding for finding in (self.layers, self.depth, self.restored) if finding)
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """All of them."""
+        return (*self.wordings.values(), self.overshoot, *self.inside)
 
 
 def judge(evidence: Evidence) -> Verdict:
     """Is the model broken? Is it still said? Said when asked otherwise? Legible inside? Pushed past gold? Or like gold?
 
-    Behaviour alone never gives *erased*: that takes evidence of the internals and of recovery too.
+    What behaves like gold, and comes back with the original's value matrices alone, is scrambled. Nothing is ever
+    *erased*: that takes evidence of recovery too.
     """
-    wordings = {
-        on: _beside_gold(evidence, f"{on}/answer_probability", f"Asked {asked}")
-        for on, asked in WORDINGS.items()
-        if f"{on}/answer_probability" in evidence.scores
-    }
-    layers = [_beside_gold(evidence, LAYERS, "Read at its most telling layer")] if LAYERS in evidence.scores else []
-    overshoot = _overshoot(evidence)
-    outcome, where, summary = _outcome(evidence, wordings, layers, overshoot)
-    forgetting, damage = (*wordings.values(), *layers, overshoot), (_health(evidence), _utility(evidence))
-    findings = (*damage, *forgetting) if outcome == "broken" else (*forgetting, *damage)
+    forgetting = _Forgetting(
+        wordings={
+            on: _beside_gold(evidence, f"{on}/answer_probability", f"Asked {asked}")
+            for on, asked in WORDINGS.items()
+            if f"{on}/answer_probability" in evidence.scores
+        },
+        layers=_beside_gold(evidence, LAYERS, "Read at its most telling layer") if LAYERS in evidence.scores else None,
+        depth=_depth(evidence) if DEPTH in evidence.scores else None,
+        overshoot=_overshoot(evidence),
+        restored=_restored(evidence) if RESTORED in evidence.scores else None,
+    )
+    outcome, where, summary = _outcome(evidence, forgetting)
+    damage = (_health(evidence), _utility(evidence))
+    findings = (*damage, *forgetting.findings) if outcome == "broken" else (*forgetting.findings, *damage)
     # The findings that decide come first.
     order = {False: 0, None: 1, True: 2}
     ordered = sorted((*findings, *_not_examined(evidence)), key=lambda finding: order[finding.passed])
     return Verdict(outcome, where, summary, tuple(ordered))
 
 
-def _outcome(
-    evidence: Evidence, wordings: Mapping[str, Finding], layers: Sequence[Finding], overshoot: Finding
-) -> tuple[Outcome, str, str]:
+def _outcome(evidence: Evidence, forgetting: _Forgetting) -> tuple[Outcome, str, str]:
     if evidence.collapse.collapsed or _share_kept(evidence) < RUINED:
         return "broken", "", "The model is broken, so what it no longer says proves nothing."
     price = _price(evidence)
-    said = {on: finding.passed is False for on, finding in wordings.items()}
+    said = {on: finding.passed is False for on, finding in forgetting.wordings.items()}
     in_other_words = said.get("forget_reworded", False)
     if said["forget"] or (in_other_words and _nearer_original(evidence, "forget")):
         than = "" if evidence.gold is None else " more readily than a model that never read them"
@@ -80,25 +113,34 @@ def _outcome(
     if in_other_words:
         says = "What it hardly says any more when asked as it was trained, it still says when asked in other words"
         return "suppressed", "in other words", f"{says}{price}."
-    if any(finding.passed is False for finding in layers):
+    if _failed(forgetting.layers):
         return "suppressed", "in its layers", f"What it no longer says can still be read in its layers{price}."
-    if overshoot.passed is False:
+    if _failed(forgetting.depth) and not _nearer_original(evidence, "forget"):
+        return "suppressed", "in its layers", f"What it no longer says, its layers still tell the original{price}."
+    if _failed(forgetting.overshoot):
         trace = "The true answers are far less likely than for a model that never read them: a trace of their own"
         return "scrambled", "", f"{trace}{price}."
     if evidence.gold is None:
-        why = "There is no gold model to compare with, so nothing here is calibrated"
-    elif all(finding.passed for finding in wordings.values()):
-        inside = (
-            "whether they are erased inside was not examined"
-            if not layers
-            else "a lens finds no more in its layers, which proves no erasure yet"
-            if all(finding.passed for finding in layers)
-            else "what its layers still tell does not decide"
-        )
-        why = f"It gives the forgotten answers no more readily than a model that never read them; {inside}"
-    else:
+        return "inconclusive", "", f"There is no gold model to compare with, so nothing here is calibrated{price}."
+    if not all(finding.passed for finding in forgetting.wordings.values()):
         why = "The evidence is too weak to tell it from a model that never read the forget set, or to call it equal"
+        return "inconclusive", "", f"{why}{price}."
+    if _failed(forgetting.restored):
+        why = "It no longer says them, but the original's value matrices alone bring the answers back"
+        return "scrambled", "", f"{why}{price}."
+    inside = (
+        "whether they are erased inside was not examined"
+        if not forgetting.inside
+        else "no more of them is found inside, which proves no erasure yet"
+        if all(finding.passed for finding in forgetting.inside)
+        else "what is still inside does not decide"
+    )
+    why = f"It gives the forgotten answers no more readily than a model that never read them; {inside}"
     return "inconclusive", "", f"{why}{price}."
+
+
+def _failed(finding: Finding | None) -> bool:
+    return finding is not None and finding.passed is False
 
 
 def _beside_gold(evidence: Evidence, key: str, how: str) -> Finding:
@@ -137,6 +179,45 @@ def _beside_gold(evidence: Evidence, key: str, how: str) -> Finding:
         f"{numbers}; neither equivalent within ±{compared.margin:.3f} nor clearly above "
         f"(smallest effect that could be seen: {compared.smallest_effect:.3f}).",
     )
+
+
+def _depth(evidence: Evidence) -> Finding:
+    """Do its states tell the original as little as gold's? If a sham's do as well, that says nothing."""
+    score, sham = evidence.scores[DEPTH], evidence.of_sham(DEPTH)
+    compared = evidence.against_gold.get(DEPTH)
+    beside = f"gold's 1 and the sham's {sham.value:.3f}" if sham else "gold's 1, without a sham"
+    numbers = f"Read by the original, its states reach an unlearning depth of {score.value:.3f}, beside {beside}"
+    if compared is None:  # gold itself
+        return Finding(True, f"{numbers}.")
+    if not _tested(compared):
+        return Finding(None, f"{numbers}; one subject alone allows no test.")
+    if compared.high < -compared.margin:
+        short = f"{-compared.difference:.3f} [{-compared.high:.3f}, {-compared.low:.3f}]"
+        return Finding(False, f"{numbers}; short of gold by {short}.")
+    if not compared.equivalent:
+        return Finding(None, f"{numbers}; neither equivalent within ±{compared.margin:.3f} nor clearly short of it.")
+    if sham is None:
+        return Finding(None, f"{numbers}; equivalent to gold, but perhaps any further training goes as deep.")
+    if sham.high >= 1 - compared.margin:
+        return Finding(None, f"{numbers}; the sham went as deep without unlearning anything, so it says nothing.")
+    return Finding(True, f"{numbers}; equivalent to gold within ±{compared.margin:.3f} (TOST p = {compared.p:.2g}).")
+
+
+def _restored(evidence: Evidence) -> Finding:
+    """Do the original's value matrices alone bring back more than they do in a sham, and most of what was lost?"""
+    score, sham = evidence.scores[RESTORED], evidence.of_sham(RESTORED)
+    numbers = f"The original's value matrices bring back {score.value:.2f} of the log-probability that the answers lost"
+    if sham is None:
+        return Finding(None, f"{numbers}; without a sham nobody knows what they bring back after any training.")
+    numbers += f", beside {sham.value:.2f} in the sham"
+    if score.clusters < 2:
+        return Finding(None, f"{numbers}; one subject alone allows no test.")
+    halfway = (1 + max(sham.value, 0.0)) / 2
+    if score.value > halfway and score.low > sham.high:
+        return Finding(False, f"{numbers}; that is nearer to all of it than to the sham's.")
+    if score.high < halfway:
+        return Finding(True, f"{numbers}.")
+    return Finding(None, f"{numbers}; it cannot be told whether that is nearer to the sham's or to all of it.")
 
 
 def _nearer_original(evidence: Evidence, on: str) -> bool:
@@ -185,13 +266,16 @@ def _health(evidence: Evidence) -> Finding:
 
 
 def _not_examined(evidence: Evidence) -> tuple[Finding, ...]:
-    lenses_alone = "Internals (is it still inside?) were read with lenses alone, which find what a lens can read."
-    return (
-        Finding(
-            None, lenses_alone if LAYERS in evidence.scores else "Internals (is it still inside?) were not examined."
-        ),
-        Finding(None, "Recovery (can it be brought back?) was not tried."),
-    )
+    """Recovery, and the internals where nothing but a lens can tell of them: their depth takes gold."""
+    recovery = Finding(None, "Recovery (can it be brought back?) was not tried.")
+    if DEPTH in evidence.scores:
+        return (recovery,)
+    question = "Internals (is it still inside?)"
+    if LAYERS in evidence.scores:
+        known = "were read with lenses alone, which find what a lens can read"
+    else:
+        known = "were not examined" if RESTORED not in evidence.scores else "were not compared with gold's"
+    return (Finding(None, f"{question} {known}."), recovery)
 
 
 def _price(evidence: Evidence) -> str:

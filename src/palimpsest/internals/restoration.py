@@ -117,13 +117,19 @@ def restoration_recovery(
 
     def restore(goal: Recording, before: Recording) -> Iterator[tuple[int, Predictions]]:
         for place, restoration in enumerate(restorations):
-            yield place, _predictions(original, before, restoration)
+            yield place, restored_predictions(original, before, restoration)
 
     return recoveries(original, unlearned, rows, len(restorations), restore, batch_size=batch_size, report=report)
 
 
-def _predictions(original: LanguageModel, before: Recording, restoration: Restoration) -> Predictions:
-    """What a recorded model predicts with a restoration, from the first block that it changes on."""
+def restored_predictions(original: LanguageModel, before: Recording, restoration: Restoration) -> Predictions:
+    """What a recorded model predicts with a restoration, from the first block that it changes on.
+
+    Args:
+        original: whose matrices are put in, built like the recorded model.
+        before: of the model that gets them, with its residual stream.
+        restoration: what is put in.
+    """
     first = restoration.first_block(before.model.anatomy)
     with _swapped(original, before.model, restoration), before.resumed(first):
         with evaluating(before.model) as network:

@@ -1,18 +1,22 @@
-"""The figures' geometry: forgetting against damage (by plotly.js), dots with intervals, what layers tell (both SVG).
+"""The figures' geometry: forgetting against damage (by plotly.js), dots with intervals, what layers tell, internals.
 
 A colour is written `@name` and stands for the page's CSS variable `--name`, so that one figure serves light and dark.
 """
 
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
+from palimpsest.audit.internals import DEPTH, DEPTH_BY_LAYER, RECOVERY, RECOVERY_BY_LAYER
 from palimpsest.audit.layers import BY_LAYER
 from palimpsest.audit.results import Audit, Audited
 from palimpsest.metrics.scores import Measure, Score
 from palimpsest.report.text import interval, number
+
+Scores: TypeAlias = Mapping[str, Score]
+"""A model's, by `Measure.key`."""
 
 FORGETTING = "forget/answer_probability"
 """The trade-off's vertical axis, a `Measure.key`."""
@@ -32,6 +36,12 @@ SYMBOLS = {
     "inconclusive": "square",
 }
 """Marker by `kind`: an outcome can be told without its colour."""
+
+_NO_PANEL = {BY_LAYER, DEPTH_BY_LAYER, RECOVERY, RECOVERY_BY_LAYER}
+"""Sets that are drawn layer by layer, or that gold is no measure of."""
+
+_SITES = {"coef": ("MLP coefficients", "patch_coefficients_lpr"), "attn": ("Attention outputs", "patch_attention_lpr")}
+"""What the map of a site is called, and the measure of all its layers together."""
 
 _HOLLOW = {"sham", "inconclusive"}
 
@@ -97,6 +107,28 @@ class LayerChart:
     curves: tuple[LayerCurve, ...]
     layers: tuple[str, ...]
     """Names, from what the first block reads to the model itself."""
+
+
+@dataclass(frozen=True)
+class InsideRow:
+    """One line of a map: a value for each layer, then one for all of them; None where there is none."""
+
+    name: str
+    values: tuple[float | None, ...]
+    told: tuple[str, ...]
+    """Each value in words, beside its control."""
+
+
+@dataclass(frozen=True)
+class InsideMap:
+    """Where the original's activations bring one unlearned model's answers back, and where its states lost them."""
+
+    model: Audited
+    layers: tuple[str, ...]
+    recovery: tuple[InsideRow, ...]
+    """A row for each kind of site, the sham's recovery taken off."""
+    depth: InsideRow | None
+    """Each layer's share of gold's drop, and the unlearning depth; None without gold."""
 
 
 def kind(model: Audited) -> str:
@@ -174,7 +206,9 @@ def trade_off(spots: Sequence[Place]) -> dict[str, Any]:
 
 def panels(audit: Audit) -> list[Panel]:
     """One panel for each measure on the forget side that anything was scored on."""
-    forget_side = [measure for measure in audit.measures if measure.on.startswith("forget") and measure.on != BY_LAYER]
+    forget_side = [
+        measure for measure in audit.measures if measure.on.startswith("forget") and measure.on not in _NO_PANEL
+    ]
     return [panel for measure in forget_side if (panel := _panel(audit, measure)).dots]
 
 
@@ -189,6 +223,57 @@ def layer_charts(audit: Audit) -> list[LayerChart]:
         for model in read
         if model.role == "unlearned"
     ]
+
+
+def inside_maps(audit: Audit) -> list[InsideMap]:
+    """One map for each unlearned model whose internals were measured; without a sham nothing is taken off."""
+    names = [measure.name.rsplit("_", 1) for measure in audit.measures if measure.on == RECOVERY_BY_LAYER]
+    layers = tuple(dict.fromkeys(layer for _, layer in names))
+    kinds = [site for site in _SITES if [site, "0"] in names]
+    sham, gold = (next((m.scores for m in audit.models if m.role == role), None) for role in ("sham", "gold"))
+    return [
+        InsideMap(
+            model,
+            layers,
+            tuple(_recovery_row(model.scores, sham, site, layers) for site in kinds),
+            _depth_row(model.scores, gold, layers) if gold and DEPTH in model.scores else None,
+        )
+        for model in audit.models
+        if model.role == "unlearned" and any(key.startswith(RECOVERY_BY_LAYER) for key in model.scores)
+    ]
+
+
+def _recovery_row(own: Scores, sham: Scores | None, site: str, layers: Sequence[str]) -> InsideRow:
+    name, together = _SITES[site]
+    keys = [*(f"{RECOVERY_BY_LAYER}/{site}_{layer}" for layer in layers), f"{RECOVERY}/{together}"]
+    values, told = list[float | None](), []
+    for key, layer in zip(keys, (*layers, "all"), strict=True):
+        score, of_sham = own.get(key), sham.get(key) if sham else None
+        values.append(score.value - (of_sham.value if of_sham else 0.0) if score else None)
+        beside = f"sham {number(of_sham.value)}" if of_sham else "no sham: uncalibrated"
+        told.append(f"{name}, {_place(layer)}: {number(score.value) if score else 'not measured'}, {beside}")
+    return InsideRow(name, tuple(values), tuple(told))
+
+
+def _depth_row(own: Scores, gold: Scores, layers: Sequence[str]) -> InsideRow:
+    """A layer in which gold itself has lost nothing has no share."""
+    keys = [f"{DEPTH_BY_LAYER}/layer_{layer}" for layer in layers]
+    drops = [(own[key].value, gold[key].value) for key in keys]
+    shares = [drop / of_gold if of_gold > 0 else None for drop, of_gold in drops]
+    told = [
+        f"Drop at layer {layer}: {number(drop)} nats/token, gold {number(of_gold)}"
+        for layer, (drop, of_gold) in zip(layers, drops, strict=True)
+    ]
+    depth = own[DEPTH]
+    return InsideRow(
+        "Gone from the states",
+        (*shares, depth.value),
+        (*told, f"Unlearning depth: {number(depth.value)} ({interval(depth)}), gold {number(gold[DEPTH].value)}"),
+    )
+
+
+def _place(layer: str) -> str:
+    return "all layers" if layer == "all" else f"layer {layer}"
 
 
 def _curve(model: Audited, keys: Sequence[str]) -> LayerCurve:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from palimpsest.report.html import environment, part
+from palimpsest.report.html import environment, part, shade
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,5 @@ def render_heat_maps(title: str, headline: str, maps: Sequence[HeatMap], tables:
     """The page; nothing is fetched and no script runs."""
     template = environment().get_template("heat_map.html.j2")
     return template.render(
-        title=title, headline=headline, maps=maps, tables=tables, style=Markup(part("style.css")), shade=_shade
+        title=title, headline=headline, maps=maps, tables=tables, style=Markup(part("style.css")), shade=shade
     )
-
-
-def _shade(value: float) -> int:
-    """Percent of ink."""
-    return round(100 * min(max(value, 0.0), 1.0))

@@ -45,6 +45,8 @@ def render_html(audit: Audit) -> str:
             trade_off=figures.trade_off(spots) if spots else None,
             panels=figures.panels(audit),
             layer_charts=figures.layer_charts(audit),
+            inside_maps=figures.inside_maps(audit),
+            has_sham=any(model.role == "sham" for model in audit.models),
             sets=by_set(audit),
             compared={m.key: [model for model in audit.models if m.key in model.against_gold] for m in audit.measures},
             facts=facts(audit) if audit.examples else None,
@@ -124,6 +126,7 @@ def environment() -> Environment:
         "comparison": text.comparison,
         "smallest_visible": text.smallest_visible,
         "kind": figures.kind,
+        "shade": shade,
     }
     return environment
 
@@ -141,6 +144,11 @@ def part(name: str) -> str:
 
 def _harmless(script: str) -> str:
     return script.replace("</script", "<\\/script")
+
+
+def shade(value: float) -> int:
+    """Percent of ink for a share: 0 is blank, 1 is full ink; what lies beyond is shown by its number alone."""
+    return round(100 * min(max(value, 0.0), 1.0))
 
 
 def source_hash(script: str) -> str:

@@ -31,6 +31,9 @@ _SETS = {
     "forget": "Forget set",
     "forget_reworded": "Forget set, reworded",
     "forget_layers": "Forget set, layer by layer",
+    "forget_recovery": "Forget set, parts of the original put in",
+    "forget_depth_layers": "Forget set, depth by layer",
+    "forget_recovery_layers": "Forget set, recovery by layer",
     "retain_unseen": "Retain text, unseen",
 }
 
