@@ -33,6 +33,7 @@ def models(trained: Organism) -> dict[str, LanguageModel]:
     with torch.no_grad():
         for matrix in noised.anatomy.value_matrices:
             matrix.weight.add_(torch.randn(matrix.weight.shape, generator=generator) * matrix.weight.std())
+        noised.anatomy.attention_outputs[0].weight[0, 0] += 1e-6
     sham = train_sham(trained.full, trained.request.retain, template="plain", steps=30, learning_rate=3e-4)
     return {"original": trained.full, "gold": trained.gold, "sham": sham, "npo": unlearned, "noised": noised}
 
@@ -89,9 +90,19 @@ def test_the_controls_stand_at_the_ends_and_what_unlearned_between(
     assert found["sham"][DEPTH] < 0.1 < found["npo"][DEPTH] < 1
     assert not [key for key in found["original"] if key.startswith(RECOVERY)]
     value, both = f"{RECOVERY}/restore_value_lpr", f"{RECOVERY}/patch_coefficients_and_attention_lpr"
-    assert found["noised"][value] == pytest.approx(1, abs=1e-4)  # nothing else of it was changed
+    assert found["noised"][value] == pytest.approx(1, abs=1e-4)  # hardly anything else of it was changed
     assert found["npo"][value] < 0.5 < found["npo"][both]
     assert found["gold"][both] < found["npo"][both] - 0.2
+
+
+def test_restoring_all_that_was_changed_is_no_evidence(internals: Internals, models: dict[str, LanguageModel]) -> None:
+    model = models["noised"].copy("value matrices alone")
+    whole, theirs = (each.anatomy.attention_outputs[0].weight for each in (models["original"], model))
+    with torch.no_grad():
+        theirs.copy_(whole)
+    found = values(internals, model)
+    assert f"{RECOVERY}/restore_value_lpr" not in found
+    assert found.keys() >= {f"{RECOVERY}/restore_mlp_in_lpr", f"{RECOVERY}/restore_attention_lpr"}
 
 
 def test_a_long_forget_set_is_sampled_evenly_for_recovery_and_read_whole_for_depth(

@@ -19,7 +19,7 @@ from palimpsest.internals.depth import THRESHOLD, UnlearningDepth, fact_rows, lo
 from palimpsest.internals.patching import SETTINGS, Plan, patched_predictions, refuse_unlike
 from palimpsest.internals.recording import Recording
 from palimpsest.internals.recovery import recoveries
-from palimpsest.internals.restoration import IN_BLOCKS, Group, Restoration, restored_predictions
+from palimpsest.internals.restoration import IN_BLOCKS, Group, Restoration, matrices_of, restored_predictions
 from palimpsest.metrics.scores import Measure, Row
 from palimpsest.models.anatomy import Kind, Site
 from palimpsest.models.language_model import LanguageModel
@@ -86,7 +86,8 @@ class Internals:
         plans: list[Plan] = [frozenset(anatomy.sites(*SETTINGS[setting])) for setting in self._settings]
         plans += [frozenset([site]) for site in self._sites]
         layers = tuple(range(anatomy.n_layers))
-        restorations = [Restoration(frozenset([group]), layers) for group in self._groups]
+        groups = [group for group in self._groups if not self._is_all_that_changed(group, model)]
+        restorations = [Restoration(frozenset([group]), layers) for group in groups]
 
         def change(goal: Recording, before: Recording) -> Iterator[tuple[int, Predictions]]:
             yield from patched_predictions(goal, before, plans)
@@ -102,7 +103,7 @@ class Internals:
             sites=self._sites,
         )
         keys = [_patched(setting, "lpr").key for setting in self._settings]
-        keys += [measure.key for measure in (*map(_recovered_at, self._sites), *map(_restored, self._groups))]
+        keys += [measure.key for measure in (*map(_recovered_at, self._sites), *map(_restored, groups))]
         for key, recovery in zip(keys, found, strict=True):
             yield from self._rows(name, key, self._sampled, recovery.logprob.weighted_by_row, recovery.logprob.counted)
         for setting, recovery in zip(self._settings, found, strict=False):
@@ -160,6 +161,21 @@ class Internals:
     @property
     def _groups(self) -> tuple[Group, ...]:
         return IN_BLOCKS if self.original.anatomy.value_matrices else ("attention",)
+
+    def _is_all_that_changed(self, group: Group, model: LanguageModel) -> bool:
+        """Whether a model differs from the original in a group of matrices alone: then restoring it undoes everything.
+
+        That brings every answer back and says nothing.
+        """
+        anatomy = model.anatomy
+        restored = {
+            parameter
+            for layer in range(anatomy.n_layers)
+            for matrix in matrices_of(anatomy, group, layer)
+            for parameter in matrix.parameters(recurse=False)
+        }
+        pairs = zip(model.network.parameters(), self.original.network.parameters(), strict=True)
+        return all(own in restored or torch.equal(own, theirs) for own, theirs in pairs)
 
     @property
     def _sites(self) -> list[Site]:
