@@ -182,6 +182,19 @@ def test_a_second_run_that_does_more_harm_is_not_gone_through(toy, monkeypatch: 
     assert second["retain_kl"] <= costs[better] and second["forget_probability"] > LEVEL.forget_probability
 
 
+def test_what_hardly_spares_held_out_rows_is_no_reason_for_another_power(toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = {
+        power: replace(QUICK, spectral_power=power).run(toy, REQUEST, LEVEL).provenance["trace"][-1]["retain_kl"]
+        for power in climb.POWERS
+    }
+    better, worse = sorted(costs, key=costs.get)
+    monkeypatch.setattr(climb, "POWERS", (worse, better))
+    for share, chosen in ((0.9, better), (1.1, worse)):
+        monkeypatch.setattr(climb, "HARMLESS", share * (costs[worse] - costs[better]))
+        made = replace(QUICK, spectral_power=None).run(toy, REQUEST, LEVEL).provenance
+        assert len(made["tried"]) == 2 and made["spectral_power"] == chosen
+
+
 def test_within_a_budget_the_power_that_forgets_more_is_taken(toy) -> None:
     stop = Stop(retain_kl=0.02)
     left = {

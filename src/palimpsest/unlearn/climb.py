@@ -65,8 +65,8 @@ def climb_by_either_power(
 ) -> Update:
     """Run K-FADE, and again at the other of `POWERS` where the first run did harm; the better run's update.
 
-    The better one forgot as far as was asked for and did held-out retain rows less harm; where neither came so far, it
-    is the one that forgot more. The second may cost no more than the first, so a bad one soon ends.
+    The better one forgot as far as was asked for and did held-out retain rows less harm, by `HARMLESS` at least; where
+    neither came so far, it is the one that forgot more. The second may cost no more than that, so a bad one soon ends.
     """
 
     def run(power: float, stop: Stop) -> Update:
@@ -77,7 +77,7 @@ def climb_by_either_power(
     tried = {first: run(first, stop)}
     end = last_measurement(tried[first])
     if end.retain_kl > HARMLESS:
-        within = replace(stop, retain_kl=end.retain_kl) if stop.met(end) else stop
+        within = replace(stop, retain_kl=end.retain_kl - HARMLESS) if stop.met(end) else stop
         tried |= {power: run(power, within) for power in others}
 
     def order(power: float) -> tuple[bool, float]:
