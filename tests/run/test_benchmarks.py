@@ -100,10 +100,12 @@ def wmdp(tmp_path_factory: pytest.TempPathFactory) -> Benchmark:
 def test_wmdp_leaves_evidence_that_verifies(wmdp: Benchmark) -> None:
     assert verify(wmdp.folder).ok
     assert [model.name for model in wmdp.audit.models] == ["original", "gold", "sham", "grad_diff"]
-    layers = {"forget/legible_probability", "forget/within_reach", "forget/erased_from_layers"}
     keys = [measure.key for measure in wmdp.audit.measures]
-    assert layers < set(keys)
-    assert [key for key in keys if key not in layers and not key.startswith("forget_layers/")] == [
+    inside = {f"forget/{name}" for name in ("legible_probability", "within_reach", "erased_from_layers")}
+    inside |= {"forget/unlearning_depth", *(key for key in keys if key.startswith("forget_recovery"))}
+    assert "forget_recovery/restore_value_lpr" in inside < set(keys)
+    by_layer = ("forget_layers/", "forget_depth_layers/")
+    assert [key for key in keys if key not in inside and not key.startswith(by_layer)] == [
         *(f"forget/{name}" for name in ("answer_probability", "nll", "kl_from_gold")),
         *(f"forget_choices/{name}" for name in ("accuracy", "choice_probability")),
         *(f"retain_unseen/{name}" for name in ("answer_probability", "nll", "kl_from_original")),
