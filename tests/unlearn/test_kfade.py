@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_request import same_weights, toy_model, toy_request, weights_of
 
@@ -38,6 +38,7 @@ def toy():
 
 
 @given(st.floats(-9, 9), st.floats(-5, 5))
+@settings(deadline=None)
 def test_the_slope_in_a_tokens_logit_is_p_for_unlikelihood_and_1_minus_p_for_nll(logit: float, other: float) -> None:
     """So one lets go of a token that is forgotten, and the other pulls at it ever harder."""
     logits = torch.tensor([[logit, other, 0.0]], dtype=torch.float64, requires_grad=True)
@@ -193,6 +194,22 @@ def test_what_hardly_spares_held_out_rows_is_no_reason_for_another_power(toy, mo
         monkeypatch.setattr(climb, "HARMLESS", share * (costs[worse] - costs[better]))
         made = replace(QUICK, spectral_power=None).run(toy, REQUEST, LEVEL).provenance
         assert len(made["tried"]) == 2 and made["spectral_power"] == chosen
+
+
+def test_a_second_run_that_breaks_off_takes_nothing_away(toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = climb._Climb._climb_once
+
+    def breaking(run):
+        if run.power == 0.5:
+            raise TrainingError("its step is not finite")
+        step(run)
+
+    monkeypatch.setattr(climb, "HARMLESS", 0.0)
+    monkeypatch.setattr(climb._Climb, "_climb_once", breaking)
+    before = weights_of(toy)
+    update = replace(QUICK, spectral_power=None).run(toy, REQUEST, LEVEL)
+    assert list(update.provenance["tried"]) == ["1"] and update.provenance["spectral_power"] == 1.0
+    assert same_weights(weights_of(toy), before)
 
 
 def test_within_a_budget_the_power_that_forgets_more_is_taken(toy) -> None:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,7 +79,9 @@ def climb_by_either_power(
     end = last_measurement(tried[first])
     if end.retain_kl > HARMLESS:
         within = replace(stop, retain_kl=end.retain_kl - HARMLESS) if stop.met(end) else stop
-        tried |= {power: run(power, within) for power in others}
+        for power in others:
+            with suppress(TrainingError):  # what the first run found stands, whatever becomes of another
+                tried[power] = run(power, within)
 
     def order(power: float) -> tuple[bool, float]:
         end = last_measurement(tried[power])
