@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from toy_request import same_weights, toy_model, toy_request, weights_of
 
@@ -38,7 +38,6 @@ def toy():
 
 
 @given(st.floats(-9, 9), st.floats(-5, 5))
-@settings(deadline=None)
 def test_the_slope_in_a_tokens_logit_is_p_for_unlikelihood_and_1_minus_p_for_nll(logit: float, other: float) -> None:
     """So one lets go of a token that is forgotten, and the other pulls at it ever harder."""
     logits = torch.tensor([[logit, other, 0.0]], dtype=torch.float64, requires_grad=True)
