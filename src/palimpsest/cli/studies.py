@@ -83,7 +83,7 @@ def dissecting(
     """Does fine-tuning erase or only suppress, and which white-box measure would tell?"""
     with console.status("loading torch and transformers"):
         from palimpsest.studies.dissecting import Plan, run
-        from palimpsest.studies.dissecting_cells import CELLS
+        from palimpsest.studies.unlearned_models import CELLS
     _refuse_unknown("cell", cell, CELLS)
     _tell(run(Plan(range(first_seed, first_seed + seeds), out / "dissecting", cell or CELLS)), as_json)
 

@@ -1,7 +1,10 @@
 """A paper's claim as a number that is measured over seeds, and what the measurement says of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from palimpsest.metrics.statistics import over_seeds
 
 Verdict = Literal["reproduced", "contradicted", "inconclusive", "not testable here"]
 
@@ -24,6 +27,23 @@ class Claim:
     below: bool
     """Whether the claim puts the quantity below the bound, or above it."""
     note: str = ""
+
+    @staticmethod
+    def over(
+        id: str,
+        statement: str,
+        quantity: str,
+        values: Sequence[float],
+        *,
+        source: str,
+        bound: float,
+        below: bool = False,
+        ratio: bool = False,
+        note: str = "",
+    ) -> "Claim":
+        """The claim with what was measured in each seed; `ratio` takes the values' logarithms, see `over_seeds`."""
+        estimate, low, high = over_seeds(values, ratio=ratio)
+        return Claim(id, statement, source, quantity, estimate, low, high, len(values), bound, below, note)
 
     @property
     def verdict(self) -> Verdict:

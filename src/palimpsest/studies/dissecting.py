@@ -7,19 +7,19 @@ arXiv 2605.24614), and what relearning some subjects brings back of others.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from palimpsest.metrics.statistics import over_seeds
-from palimpsest.studies.cells import Cell
+from palimpsest.studies.cells import Cell, Cells, by_model, joined, mean, means, over_models
 from palimpsest.studies.claims import Claim
-from palimpsest.studies.dissecting_cells import CELLS, METHODS, Bench, at_layer
+from palimpsest.studies.dissecting_cells import Bench, at_layer
 from palimpsest.studies.forget_matrix import spearman
 from palimpsest.studies.regimes import REGIMES
+from palimpsest.studies.unlearned_models import CELLS, METHODS, fine_tuning
 from palimpsest.unlearn.needle import Needle
 from palimpsest.unlearn.rmu import RMU
 
@@ -29,9 +29,7 @@ REGIME = "people"
 BOTH = "coefficients and attention"
 OTHER_FORMS = {"krs_of_sums": "as a ratio of sums", "krs_kl": "by the KL", "lpr": "by log-probability"}
 
-Cells = Mapping[int, Mapping[str, Cell]]
-"""By seed, then by model."""
-Quantity = Callable[[Cell], float]
+_claim = partial(Claim.over, source=SOURCE)
 
 
 @dataclass(frozen=True)
@@ -64,30 +62,25 @@ def judge(cells: Cells) -> list[Claim]:
     return [claim for claim in claims if claim.seeds]
 
 
-def fine_tuning() -> list[str]:
-    """The methods that may move every weight, which is what the paper's claims are about; RMU moves value matrices."""
-    return [method.name for method in METHODS if method.name != RMU.name]
-
-
 def _of_the_paper(cells: Cells) -> list[Claim]:
     names = fine_tuning()
-    gains = _values(cells, names, lambda cell: _krs(cell, "coefficients") - _krs(cell, "value"))
-    shares = _values(cells, names, lambda cell: _krs(cell, "attention") / _krs(cell, "coefficients"))
-    cosines = _values(cells, names, _cosine)
+    gains = over_models(cells, names, lambda cell: _krs(cell, "coefficients") - _krs(cell, "value"))
+    shares = over_models(cells, names, lambda cell: _krs(cell, "attention") / _krs(cell, "coefficients"))
+    cosines = over_models(cells, names, _cosine)
     return [
         _claim(
             "a/coefficients",
             "The original's coefficients bring back more of the answers than its value vectors do.",
             "KRS, coefficients patched less value matrices restored, all layers, mean over fine-tuning methods",
-            _means(gains),
+            means(gains),
             bound=0.0,
-            note=_joined(_both(cells, names, "coefficients", "value"), _short_of_the_level(cells, names)),
+            note=joined(_both(cells, names, "coefficients", "value"), _short_of_the_level(cells, names)),
         ),
         _claim(
             "a/attention",
             "Attention's outputs alone bring back little: less than half of what coefficients do.",
             "KRS, attention patched over coefficients patched, all layers, mean over fine-tuning methods",
-            _means(shares),
+            means(shares),
             bound=0.5,
             below=True,
             note=_both(cells, names, "attention", "coefficients"),
@@ -96,7 +89,7 @@ def _of_the_paper(cells: Cells) -> list[Claim]:
             "a/final",
             "Of single layers, the last one's coefficients bring back most.",
             "KRS, coefficients patched in one layer, the last less the best of the others, mean over the same methods",
-            _means(_values(cells, names, _lead_of_the_last)),
+            means(over_models(cells, names, _lead_of_the_last)),
             bound=0.0,
             note=_profile(cells, names),
         ),
@@ -106,7 +99,7 @@ def _of_the_paper(cells: Cells) -> list[Claim]:
             "median cosine of the traced value vectors with the original's, the method where it is lowest",
             [min(values.values()) for values in cosines],
             bound=0.98,
-            note=_by_method(cosines),
+            note=by_model(cosines),
         ),
     ]
 
@@ -114,8 +107,8 @@ def _of_the_paper(cells: Cells) -> list[Claim]:
 def _of_sham(cells: Cells) -> list[Claim]:
     """What never unlearned anything shows as well is no evidence of knowledge that is only suppressed."""
     names = fine_tuning()
-    sham, unlearned = (_values(cells, some, lambda cell: _krs(cell, BOTH)) for some in (["sham"], [*names, "sham"]))
-    ratios = [values["sham"] / _mean([values[name] for name in names]) for values in unlearned]
+    sham, unlearned = (over_models(cells, some, lambda cell: _krs(cell, BOTH)) for some in (["sham"], [*names, "sham"]))
+    ratios = [values["sham"] / mean([values[name] for name in names]) for values in unlearned]
     return [
         _claim(
             "b/recovery",
@@ -123,21 +116,21 @@ def _of_sham(cells: Cells) -> list[Claim]:
             f"KRS of {BOTH} in all layers, sham over the mean of fine-tuning methods",
             ratios,
             bound=0.5,
-            note=_joined("ours: the paper has no such control", _by_method(unlearned or sham)),
+            note=joined("ours: the paper has no such control", by_model(unlearned or sham)),
         ),
         _claim(
             "b/pattern",
             "In a sham, too, coefficients bring back more than value vectors do.",
             "KRS of sham, coefficients patched less value matrices restored, all layers",
-            _means(_values(cells, ["sham"], lambda cell: _krs(cell, "coefficients") - _krs(cell, "value"))),
+            means(over_models(cells, ["sham"], lambda cell: _krs(cell, "coefficients") - _krs(cell, "value"))),
             bound=0.0,
-            note=_joined("ours", _both(cells, ["sham"], "coefficients", "value")),
+            note=joined("ours", _both(cells, ["sham"], "coefficients", "value")),
         ),
         _claim(
             "b/cosine",
             "In a sham, too, value vectors are as they were.",
             "median cosine of the traced value vectors with the original's",
-            _means(_values(cells, ["sham"], _cosine)),
+            means(over_models(cells, ["sham"], _cosine)),
             bound=0.98,
             note="ours",
         ),
@@ -145,24 +138,24 @@ def _of_sham(cells: Cells) -> list[Claim]:
 
 
 def _of_depth(cells: Cells) -> list[Claim]:
-    sham, gold = (_values(cells, [name], _depth) for name in ("sham", "gold"))
-    scores = _values(cells, fine_tuning(), _depth)
+    sham, gold = (over_models(cells, [name], _depth) for name in ("sham", "gold"))
+    scores = over_models(cells, fine_tuning(), _depth)
     return [
         _claim(
             "c/sham",
             "The Unlearning Depth Score finds nothing unlearned in a sham.",
             "UDS of sham",
-            _means(sham),
+            means(sham),
             bound=0.2,
             below=True,
             source=DEPTH,
-            note=_by_method(scores),
+            note=by_model(scores),
         ),
         _claim(
             "c/gold",
             "It finds everything unlearned in gold, by which it is scaled.",
             "UDS of gold",
-            _means(gold),
+            means(gold),
             bound=0.99,
             source=DEPTH,
         ),
@@ -172,27 +165,25 @@ def _of_depth(cells: Cells) -> list[Claim]:
 def _of_matrices(cells: Cells) -> list[Claim]:
     """Where a method worked is where restoring brings everything back, and RMU's scrambling passes for depth."""
     names = fine_tuning()
-    restored = _values(cells, names, lambda cell: _krs(cell, "value"))
-    depths = _values(cells, [RMU.name], _depth)
+    restored = over_models(cells, names, lambda cell: _krs(cell, "value"))
+    depths = over_models(cells, [RMU.name], _depth)
     return [
         _claim(
             "d/rmu",
             "Restoring the value matrices undoes RMU.",
             "KRS of RMU, value matrices restored in all layers",
-            _means(_values(cells, [RMU.name], lambda cell: _krs(cell, "value"))),
+            means(over_models(cells, [RMU.name], lambda cell: _krs(cell, "value"))),
             bound=0.9,
-            note=_joined(
-                "it changes no others, so by construction", f"UDS {_mean(_means(depths)):.2f}" if depths else ""
-            ),
+            note=joined("it changes no others, so by construction", f"UDS {mean(means(depths)):.2f}" if depths else ""),
         ),
         _claim(
             "d/others",
             "It does not undo methods that move every weight.",
             "KRS, value matrices restored in all layers, mean over fine-tuning methods",
-            _means(restored),
+            means(restored),
             bound=0.5,
             below=True,
-            note=_joined("ours", _by_method(restored)),
+            note=joined("ours", by_model(restored)),
         ),
     ]
 
@@ -205,7 +196,7 @@ def _of_needle(cells: Cells) -> list[Claim]:
             "e/trace",
             "Noise on the traced vectors alone passes for unlearning by the intrinsic score.",
             "median cosine of the traced value vectors with the original's, after Needle",
-            _means(_values(cells, [Needle.name], _cosine)),
+            means(over_models(cells, [Needle.name], _cosine)),
             bound=0.5,
             below=True,
             source=TRACES,
@@ -225,8 +216,8 @@ def _of_needle(cells: Cells) -> list[Claim]:
 
 def _of_relearning(cells: Cells) -> list[Claim]:
     names = [*(method.name for method in METHODS), Needle.name]
-    back, taught = (_values(cells, [*fine_tuning(), "gold"], quantity) for quantity in (_comes_back, _taught))
-    depths, returns = _values(cells, names, _depth), _values(cells, names, _comes_back)
+    back, taught = (over_models(cells, [*fine_tuning(), "gold"], quantity) for quantity in (_comes_back, _taught))
+    depths, returns = over_models(cells, names, _depth), over_models(cells, names, _comes_back)
     return [
         _claim(
             "f/order",
@@ -236,16 +227,16 @@ def _of_relearning(cells: Cells) -> list[Claim]:
             bound=0.0,
             below=True,
             source=DEPTH,
-            note=_joined("ours", f"UDS {_by_method(depths)}", f"relearned {_by_method(returns)}") if depths else "",
+            note=joined("ours", f"UDS {by_model(depths)}", f"relearned {by_model(returns)}") if depths else "",
         ),
         _claim(
             "g/returns",
             "Relearning some forgotten subjects brings others back, more than in a model that never knew them.",
             "held-out subjects' probability after relearning, mean over fine-tuning methods less gold",
-            [_mean([v for name, v in values.items() if name != "gold"]) - values["gold"] for values in back],
+            [mean([v for name, v in values.items() if name != "gold"]) - values["gold"] for values in back],
             bound=0.0,
             source=RELEARNING,
-            note=_joined(_by_method(back), f"of the subjects taught {_by_method(taught)}"),
+            note=joined(by_model(back), f"of the subjects taught {by_model(taught)}"),
         ),
     ]
 
@@ -253,19 +244,19 @@ def _of_relearning(cells: Cells) -> list[Claim]:
 def _of_everything_else(cells: Cells) -> list[Claim]:
     """Any training moves activations, so what unlearning does to other rows stands over what a sham does to them."""
     names = fine_tuning()
-    moved = _values(cells, [*names, "sham"], lambda cell: cell["moved"]["coef"]["unseen"])
-    spills = _values(cells, [*names, "sham"], lambda cell: _spill(cell, "coef"))
-    harm = _values(cells, [*names, "sham"], lambda cell: float(cell["kl_unseen"]))
+    moved = over_models(cells, [*names, "sham"], lambda cell: cell["moved"]["coef"]["unseen"])
+    spills = over_models(cells, [*names, "sham"], lambda cell: _spill(cell, "coef"))
+    harm = over_models(cells, [*names, "sham"], lambda cell: float(cell["kl_unseen"]))
     return [
         _claim(
             "h/everywhere",
             "Unlearning changes how a model reads everything else, more than training on retain rows does.",
             "relative change of coefficients on unseen rows, mean over fine-tuning methods over that of sham",
-            [_mean([v for name, v in values.items() if name != "sham"]) / values["sham"] for values in moved],
+            [mean([v for name, v in values.items() if name != "sham"]) / values["sham"] for values in moved],
             bound=1.0,
-            note=_joined(
-                f"change on unseen over change on forget rows: {_by_method(spills)}" if spills else "",
-                f"KL on unseen rows: {_by_method(harm)}" if harm else "",
+            note=joined(
+                f"change on unseen over change on forget rows: {by_model(spills)}" if spills else "",
+                f"KL on unseen rows: {by_model(harm)}" if harm else "",
             ),
         )
     ]
@@ -285,10 +276,10 @@ def _of_probes(cells: Cells) -> list[Claim]:
             "i/probe",
             "A linear probe still reads forgotten answers that are no longer said.",
             "how far a probe of other subjects is above its controls, mean over methods less gold",
-            [_mean([v for name, v in values.items() if name != "gold"]) - values["gold"] for values in leads],
+            [mean([v for name, v in values.items() if name != "gold"]) - values["gold"] for values in leads],
             bound=0.0,
             source=PROBES,
-            note=_joined(f"full {_mean(read):.2f}" if read else "", _by_method(leads)),
+            note=joined(f"full {mean(read):.2f}" if read else "", by_model(leads)),
         )
     ]
 
@@ -304,7 +295,7 @@ def _spill(cell: Cell, kind: str) -> float:
 
 def _order(seed: Mapping[str, Cell], names: Sequence[str]) -> float | None:
     """How depth and what relearning brings back go together over methods; None where one of them has no depth."""
-    depths, returns = (_values({0: seed}, names, quantity) for quantity in (_depth, _comes_back))
+    depths, returns = (over_models({0: seed}, names, quantity) for quantity in (_depth, _comes_back))
     return spearman([*depths[0].values()], [*returns[0].values()]) if depths else None
 
 
@@ -341,34 +332,13 @@ def _taught(cell: Cell) -> float:
     return float(cell["relearned"]["taught"]["after"])
 
 
-def _values(cells: Cells, names: Sequence[str], quantity: Quantity) -> list[dict[str, float]]:
-    """By seed, the quantity of each model named; seeds in which one is missing or has none are left out."""
-    measured = [seed for seed in cells.values() if set(names) <= seed.keys()]
-    found = [{name: quantity(seed[name]) for name in names} for seed in measured]
-    return [values for values in found if np.isfinite([*values.values()]).all()]
-
-
-def _means(by_seed: Sequence[Mapping[str, float]]) -> list[float]:
-    return [_mean([*values.values()]) for values in by_seed]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _by_method(by_seed: Sequence[Mapping[str, float]]) -> str:
-    """Each model's mean over seeds."""
-    names = by_seed[0] if by_seed else ()
-    return ", ".join(f"{name} {_mean([values[name] for values in by_seed]):.2f}" for name in names)
-
-
 def _both(cells: Cells, names: Sequence[str], one: str, other: str) -> str:
     """The two sides of a comparison in every form of the score."""
     told = []
     for form, how in {"krs": "KRS", **OTHER_FORMS}.items():
-        sides = [_means(_values(cells, names, partial(_krs, what=what, form=form))) for what in (one, other)]
+        sides = [means(over_models(cells, names, partial(_krs, what=what, form=form))) for what in (one, other)]
         if all(sides):
-            told.append(f"{how} {_mean(sides[0]):.2f} against {_mean(sides[1]):.2f}")
+            told.append(f"{how} {mean(sides[0]):.2f} against {mean(sides[1]):.2f}")
     return ", ".join(told)
 
 
@@ -381,22 +351,3 @@ def _profile(cells: Cells, names: Sequence[str]) -> str:
 def _short_of_the_level(cells: Cells, names: Sequence[str]) -> str:
     short = [name for name in names if any(name in seed and not seed[name]["reached"] for seed in cells.values())]
     return f"short of gold's level in some seed: {', '.join(short)}" if short else ""
-
-
-def _joined(*notes: str) -> str:
-    return "; ".join(filter(None, notes))
-
-
-def _claim(
-    name: str,
-    statement: str,
-    quantity: str,
-    values: Sequence[float],
-    *,
-    bound: float,
-    below: bool = False,
-    source: str = SOURCE,
-    note: str = "",
-) -> Claim:
-    estimate, low, high = over_seeds(values)
-    return Claim(name, statement, source, quantity, estimate, low, high, len(values), bound, below, note)

@@ -34,6 +34,7 @@ from palimpsest.unlearn.stopping import Stop
 from palimpsest.unlearn.update import Update
 
 SOURCE = "arXiv 2602.10568"
+_claim = partial(Claim.over, source=SOURCE)
 _KEEP: dict[str, Any] = {"retain_term": "kl", "retain_weight": 10.0, "batch_size": 16}
 _RATE, _WEIGHT = Between(3e-5, 3e-3), Between(0.3, 100)
 FIRST_ORDER: tuple[tuple[Descent, Space], ...] = (
@@ -345,18 +346,3 @@ def _comes_back(regime: str, cells: Mapping[int, Mapping[str, Cell]]) -> Claim:
         bound=0.0,
         below=False,
     )
-
-
-def _claim(
-    name: str,
-    statement: str,
-    quantity: str,
-    values: Sequence[float],
-    *,
-    bound: float,
-    below: bool,
-    ratio: bool = False,
-    note: str = "",
-) -> Claim:
-    estimate, low, high = over_seeds(values, ratio=ratio)
-    return Claim(name, statement, SOURCE, quantity, estimate, low, high, len(values), bound, below, note)

@@ -1,12 +1,12 @@
 """Random-label forgetting (Zhang, Choshen & Andreas 2024, arXiv 2409.02228): how far does it reach, and into what?"""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from palimpsest.files import write_text
-from palimpsest.metrics.statistics import over_seeds
 from palimpsest.report.heat_map import HeatMap, Table, render_heat_maps
 from palimpsest.studies.claims import Claim
 from palimpsest.studies.forget_matrix import (
@@ -20,6 +20,7 @@ from palimpsest.studies.forget_matrix import (
 from palimpsest.studies.task_cells import Cell, Kind, Measured, Seed, Setting
 
 SOURCE = "arXiv 2409.02228"
+_claim = partial(Claim.over, source=SOURCE)
 FEWEST_DATED = 100
 """Examples that were both learned and forgotten within sight; a task with fewer says nothing about their order."""
 READABLE = 0.1
@@ -313,10 +314,3 @@ def _size(seed: Measured) -> float:
 def _size_agreement(seeds: Sequence[Measured]) -> str:
     rhos = [spearman(own_ratios(seed), own_ratios(seed, "few")) for seed in seeds]
     return f"the tasks' order agrees by Spearman {np.mean(rhos):.2f}"
-
-
-def _claim(
-    name: str, statement: str, quantity: str, values: Sequence[float], *, bound: float, below: bool, note: str = ""
-) -> Claim:
-    estimate, low, high = over_seeds(values)
-    return Claim(name, statement, SOURCE, quantity, estimate, low, high, len(values), bound, below, note)

@@ -28,7 +28,6 @@ from palimpsest.lens.fit import fit
 from palimpsest.lens.hidden import read_layers, windows
 from palimpsest.lens.lens import Lens
 from palimpsest.lens.trajectory import first_of_last_run, trajectories
-from palimpsest.metrics.statistics import over_seeds
 from palimpsest.models.language_model import LanguageModel, evaluating
 from palimpsest.models.organism import (
     Corpus,
@@ -432,5 +431,6 @@ def _claim(
     note: str = "",
 ) -> Claim:
     """A quantity that is to be below 1 is a ratio."""
-    estimate, low, high = over_seeds(values, ratio=below)
-    return Claim(name, statement, SOURCE, quantity, estimate, low, high, len(values), bound, below, note)
+    return Claim.over(
+        name, statement, quantity, values, source=SOURCE, bound=bound, below=below, ratio=below, note=note
+    )
