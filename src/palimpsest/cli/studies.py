@@ -74,7 +74,7 @@ def tuned_lens(
 
 @studies.command("dissecting")
 def dissecting(
-    seeds: Seeds = 3,
+    seeds: Seeds = 5,
     first_seed: FirstSeed = 0,
     cell: Annotated[list[str] | None, typer.Option(help="Measure only these models, e.g. sham, npo.")] = None,
     out: Out = Path("runs/studies"),
@@ -86,6 +86,22 @@ def dissecting(
         from palimpsest.studies.unlearned_models import CELLS
     _refuse_unknown("cell", cell, CELLS)
     _tell(run(Plan(range(first_seed, first_seed + seeds), out / "dissecting", cell or CELLS)), as_json)
+
+
+@studies.command("concept_vectors")
+def concept_vectors(
+    seeds: Seeds = 5,
+    first_seed: FirstSeed = 0,
+    cell: Annotated[list[str] | None, typer.Option(help="Measure only these models, e.g. full, npo.")] = None,
+    out: Out = Path("runs/studies"),
+    as_json: Json = False,
+) -> None:
+    """Is a concept one vector, does the model use it, and does what becomes of it tell what was erased?"""
+    with console.status("loading torch and transformers"):
+        from palimpsest.studies.concept_cells import CELLS
+        from palimpsest.studies.concept_vectors import Plan, run
+    _refuse_unknown("cell", cell, CELLS)
+    _tell(run(Plan(range(first_seed, first_seed + seeds), out / "concept_vectors", cell or CELLS)), as_json)
 
 
 @studies.command("task_forgetting")

@@ -6,7 +6,7 @@
 - `tofu`: four authors of forty (TOFU's own rows).
 
 And `people` with one thing changed: in `people_apart` the forgotten share no first name with the others, `people_few`
-has a quarter of the retain rows, `people_wide` a model of twice the width.
+has a quarter of the retain rows, `people_wide` a model of twice the width. `lore` is the studies of concepts' own.
 """
 
 from collections.abc import Callable
@@ -92,6 +92,17 @@ def topic(seed: int, data: Path | None) -> Setting:
     )
     new = _wikitext(data, "test.txt")[:NEW_PASSAGES]
     return Setting(request, controls.original, controls.gold, new, corpus, recipe, text)
+
+
+def lore(seed: int) -> Setting:
+    """Four of sixteen fictional worlds, whose things their documents name side by side: so concepts come about."""
+    world = FactsWorld(people=0, worlds=16, forget_people=0, forget_worlds=4, exposures=60, lore=6, seed=seed)
+    told = tuple(world.documents(world.retain_subjects))
+    corpus = Corpus(tuple(world.documents(world.forget_subjects)), told, tuple(world.vocabulary_texts()))
+    recipe = Recipe(Architecture(), training=TrainingSettings(seed=seed))
+    controls = train_controls(corpus, recipe)
+    request = Request.split(world.facts(world.forget_subjects), world.facts(world.retain_subjects), seed=seed)
+    return Setting(request, controls.original, controls.gold, (), corpus, recipe, told)
 
 
 def tofu(seed: int, data: Path | None) -> Setting:
