@@ -38,6 +38,8 @@ def cell(
     cosine: float = 0.99,
     after: float = 0.3,
     reached: bool = True,
+    moved: float = 0.2,
+    lead: float = 0.3,
 ) -> Cell:
     whole = {"coefficients": coefficients, "attention": attention, study.BOTH: both, "value": value}
     single = {study.at_layer("coefficients", layer): krs for layer, krs in enumerate(layers)}
@@ -47,6 +49,9 @@ def cell(
         "recovered": {name: forms(krs) for name, krs in (whole | single).items()},
         "depth": {"score": depth, "encoding": [1.0] * len(layers)},
         "vectors": {"cosine": cosine},
+        "kl_unseen": 0.01,
+        "moved": {kind: {"forget": 0.4, "unseen": moved} for kind in ("coef", "attn")},
+        "probe": [{"accuracy": 0.5 + at, "lead": at} for at in (0.0, lead, lead / 2)],
         "relearned": {"held_out": {"before": forget, "after": after}, "taught": {"before": forget, "after": 0.75}},
     }
 
@@ -55,8 +60,8 @@ def seed_of(**changed: Cell) -> Seed:
     """A seed in which every claim holds, with some cells changed."""
     plain = {
         "full": cell(forget=0.9, depth=0.0, cosine=1.0, after=0.8),
-        "gold": cell(depth=1.0, after=0.05),
-        "sham": cell(forget=0.8, both=0.7, depth=0.05, cosine=0.995),
+        "gold": cell(depth=1.0, after=0.05, lead=0.05),
+        "sham": cell(forget=0.8, both=0.7, depth=0.05, cosine=0.995, moved=0.1),
         **{name: cell(depth=0.5 + 0.05 * n, after=0.5 - 0.05 * n) for n, name in enumerate(FINE_TUNING)},
         "rmu": cell(value=0.97, depth=0.4, after=0.6, cosine=0.6),
         "needle": cell(forget=0.7, depth=0.1, after=0.7, cosine=0.2),
@@ -81,7 +86,7 @@ def judged(seed: Seed) -> dict[str, Claim]:
 
 def test_every_claim_holds_where_it_should() -> None:
     claims = judged(seed_of())
-    assert len(claims) == 15
+    assert len(claims) == 17
     assert {claim.verdict for claim in claims.values()} == {"reproduced"}
 
 
@@ -103,6 +108,8 @@ def test_every_claim_holds_where_it_should() -> None:
         ("e/answers", {"needle": cell(forget=0.2)}),
         ("f/order", {name: cell(depth=0.5 + 0.05 * n, after=0.5 + 0.05 * n) for n, name in enumerate(FINE_TUNING)}),
         ("g/returns", {"gold": cell(depth=1.0, after=0.6)}),
+        ("h/everywhere", every(moved=0.05)),
+        ("i/probe", {"gold": cell(depth=1.0, after=0.05, lead=0.4)}),
     ],
 )
 def test_every_claim_is_contradicted_where_it_should_be(broken: str, changed: Seed) -> None:
@@ -150,7 +157,7 @@ def small(trained: Organism, monkeypatch: pytest.MonkeyPatch) -> None:
     """The suite's organism as the regime, with three quick methods."""
     setting = Setting(trained.request, trained.full, trained.gold, (), Corpus((), ()), Recipe())
     monkeypatch.setitem(REGIMES, "people", lambda seed, data: setting)
-    methods = (GradientDifference(learning_rate=1e-3), NPO(learning_rate=1e-3), RMU(learning_rate=3e-3))
+    methods = (GradientDifference(learning_rate=2e-3), NPO(learning_rate=2e-3), RMU(learning_rate=3e-3))
     for module in (study, dissecting_cells):
         monkeypatch.setattr(module, "METHODS", methods)
     monkeypatch.setattr(dissecting_cells, "STEPS", 40)
@@ -163,7 +170,7 @@ def test_a_study_from_end_to_end_measures_nothing_twice(
 ) -> None:
     plan = study.Plan((0,), tmp_path)
     claims = {claim.id: claim for claim in study.run(plan)}
-    assert len(claims) == 15 and all(claim.seeds == 1 for claim in claims.values())
+    assert len(claims) == 17 and all(claim.seeds == 1 for claim in claims.values())
     cells = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "seed-0").glob("*.json")}
     assert set(cells) == {"full", "gold", "sham", "grad_diff", "npo", "rmu", "needle"}
 

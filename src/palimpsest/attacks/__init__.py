@@ -1,1 +1,1 @@
-"""Can someone get it back? Each attack also runs on gold, which never knew it, and on the original, which still does."""
+"""Can someone get it back? Each attack also runs on gold, which never knew, and on the original, which still does."""

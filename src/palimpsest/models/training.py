@@ -23,6 +23,7 @@ from palimpsest.files import content_hash
 from palimpsest.models.checkpoint import Checkpoints
 from palimpsest.models.hardware import bf16_is_fast
 from palimpsest.models.language_model import LanguageModel
+from palimpsest.models.muon import muon
 from palimpsest.models.scoring import predict
 from palimpsest.progress import Report
 
@@ -168,7 +169,7 @@ def build_optimizers(model: LanguageModel, settings: TrainingSettings) -> list[t
     ]
     if matrices:
         rate = settings.muon_learning_rate or 0.0
-        optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=settings.weight_decay))
+        optimizers.append(muon(matrices, rate, settings.weight_decay))
     return optimizers
 
 

@@ -24,6 +24,7 @@ from palimpsest.unlearn.needle import Needle
 from palimpsest.unlearn.rmu import RMU
 
 SOURCE, DEPTH, TRACES, RELEARNING = "arXiv 2410.06606", "arXiv 2605.24614", "arXiv 2406.11614", "arXiv 2410.08827"
+PROBES = "arXiv 2402.16835"
 REGIME = "people"
 BOTH = "coefficients and attention"
 OTHER_FORMS = {"krs_of_sums": "as a ratio of sums", "krs_kl": "by the KL", "lpr": "by log-probability"}
@@ -59,7 +60,8 @@ def run(plan: Plan) -> list[Claim]:
 def judge(cells: Cells) -> list[Claim]:
     """Every claim, from the cells by seed; those whose cells are missing are left out."""
     claims = [*_of_the_paper(cells), *_of_sham(cells), *_of_depth(cells), *_of_matrices(cells), *_of_needle(cells)]
-    return [claim for claim in (*claims, *_of_relearning(cells)) if claim.seeds]
+    claims += [*_of_relearning(cells), *_of_everything_else(cells), *_of_probes(cells)]
+    return [claim for claim in claims if claim.seeds]
 
 
 def fine_tuning() -> list[str]:
@@ -246,6 +248,58 @@ def _of_relearning(cells: Cells) -> list[Claim]:
             note=_joined(_by_method(back), f"of the subjects taught {_by_method(taught)}"),
         ),
     ]
+
+
+def _of_everything_else(cells: Cells) -> list[Claim]:
+    """Any training moves activations, so what unlearning does to other rows stands over what a sham does to them."""
+    names = fine_tuning()
+    moved = _values(cells, [*names, "sham"], lambda cell: cell["moved"]["coef"]["unseen"])
+    spills = _values(cells, [*names, "sham"], lambda cell: _spill(cell, "coef"))
+    harm = _values(cells, [*names, "sham"], lambda cell: float(cell["kl_unseen"]))
+    return [
+        _claim(
+            "h/everywhere",
+            "Unlearning changes how a model reads everything else, more than training on retain rows does.",
+            "relative change of coefficients on unseen rows, mean over fine-tuning methods over that of sham",
+            [_mean([v for name, v in values.items() if name != "sham"]) / values["sham"] for values in moved],
+            bound=1.0,
+            note=_joined(
+                f"change on unseen over change on forget rows: {_by_method(spills)}" if spills else "",
+                f"KL on unseen rows: {_by_method(harm)}" if harm else "",
+            ),
+        )
+    ]
+
+
+def _of_probes(cells: Cells) -> list[Claim]:
+    """At the layer at which the original is read best, so that no model has a layer chosen for it."""
+    names = [*(method.name for method in METHODS), "gold"]
+    leads = [
+        {name: seed[name]["probe"][_best_read(seed["full"])]["lead"] for name in names}
+        for seed in cells.values()
+        if {*names, "full"} <= seed.keys()
+    ]
+    read = [seed["full"]["probe"][_best_read(seed["full"])]["lead"] for seed in cells.values() if "full" in seed]
+    return [
+        _claim(
+            "i/probe",
+            "A linear probe still reads forgotten answers that are no longer said.",
+            "how far a probe of other subjects is above its controls, mean over methods less gold",
+            [_mean([v for name, v in values.items() if name != "gold"]) - values["gold"] for values in leads],
+            bound=0.0,
+            source=PROBES,
+            note=_joined(f"full {_mean(read):.2f}" if read else "", _by_method(leads)),
+        )
+    ]
+
+
+def _best_read(full: Cell) -> int:
+    leads = [layer["lead"] for layer in full["probe"]]
+    return leads.index(max(leads))
+
+
+def _spill(cell: Cell, kind: str) -> float:
+    return float(cell["moved"][kind]["unseen"] / cell["moved"][kind]["forget"])
 
 
 def _order(seed: Mapping[str, Cell], names: Sequence[str]) -> float | None:

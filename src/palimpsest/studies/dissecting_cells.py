@@ -2,7 +2,8 @@
 
 Full, gold, sham and the models that methods made, each stopped at gold's forget level or after so many steps. Of each:
 what it answers, what the original's activations and matrices bring back in it, how deep the facts are gone, what became
-of the value vectors that wrote them, and what it answers about some forgotten subjects once it relearns the others.
+of the value vectors that wrote them, how far activations moved inside the forget set and outside, what a linear probe
+still reads, and what it answers about some forgotten subjects once it relearns the others.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,20 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palimpsest.data.batches import Encoded
+from palimpsest.data.batches import Encoded, encode
 from palimpsest.data.records import QA, subject_of
 from palimpsest.internals.attribution import attribution, most
 from palimpsest.internals.concept_traces import vector_traces
 from palimpsest.internals.depth import fact_rows, logprob_drops, unlearning_depth
 from palimpsest.internals.patching import SETTINGS, Plan
+from palimpsest.internals.probes import probe_layers
 from palimpsest.internals.recovery import Recovery, patching_recovery
 from palimpsest.internals.restoration import IN_BLOCKS, Group, Restoration, restoration_recovery
+from palimpsest.internals.side_effects import activation_shifts
 from palimpsest.internals.value_vectors import ValueVector
 from palimpsest.metrics.divergence import kl_per_item
 from palimpsest.metrics.likelihood import answer_probability
-from palimpsest.models.anatomy import Site
+from palimpsest.models.anatomy import Kind, Site
 from palimpsest.models.language_model import LanguageModel
-from palimpsest.models.organism import train_sham
+from palimpsest.models.organism import train_sham, untrained_like
 from palimpsest.studies.cells import Cell, kept
 from palimpsest.studies.regimes import Setting
 from palimpsest.unlearn.gradient_ascent import GradientAscent, GradientDifference
@@ -116,6 +119,17 @@ class Bench:
         return logprob_drops(self.setting.gold, self.setting.original, self.rows)
 
     @cached_property
+    def unseen_rows(self) -> list[Encoded]:
+        """Of rows that nothing was trained on."""
+        request = self.setting.request
+        return encode(request.retain_unseen, self.setting.original.tokenizer, template=request.template)
+
+    @cached_property
+    def untrained(self) -> LanguageModel:
+        """Of the original's size: what a probe reads off the words alone."""
+        return untrained_like(self.setting.original, self.seed)
+
+    @cached_property
     def tracked(self) -> list[ValueVector]:
         """The original's value vectors to which the forgotten answers owe most."""
         return most(attribution(self.setting.original, self.rows), TRACKED)
@@ -149,6 +163,8 @@ class Bench:
             "recovered": self._recovered(model),
             "depth": self._depth(model),
             "vectors": self._traced(model),
+            "moved": self._moved(model),
+            "probe": self._probed(model),
             "relearned": self._relearned(model),
         }
 
@@ -185,6 +201,26 @@ class Bench:
             "z": median(deviations) if deviations else None,
             "at": [[vector.layer, vector.column] for vector in self.tracked],
         }
+
+    def _moved(self, model: LanguageModel) -> Cell:
+        """By kind of site: mean relative change of activations, on the forgotten and on unseen rows."""
+        original, n_layers = self.setting.original, model.anatomy.n_layers
+        kinds: tuple[Kind, ...] = ("coef", "attn")
+        sites = [Site(kind, layer) for kind in kinds for layer in range(n_layers)]
+        moved: Cell = {kind: {} for kind in kinds}
+        for where, rows in (("forget", self.rows), ("unseen", self.unseen_rows)):
+            shifts = activation_shifts(original, model, rows, sites)
+            for kind in kinds:
+                of_kind = [shift.relative_l2 for site, shift in zip(sites, shifts, strict=True) if site.kind == kind]
+                moved[kind][where] = torch.stack(of_kind).mean().item()
+        return moved
+
+    def _probed(self, model: LanguageModel) -> list[Cell]:
+        """Layer by layer, how often a probe fitted to retain questions tells forgotten answers from wrong ones."""
+        request = self.setting.request
+        taught = [record for record in request.retain if isinstance(record, QA)]
+        layers = probe_layers(model, self.untrained, taught, self.forget, template=request.template, seed=self.seed)
+        return [{"accuracy": layer.accuracy, "lead": layer.lead} for layer in layers]
 
     def _relearned(self, model: LanguageModel) -> Cell:
         """Train on half of the forgotten subjects, ask about the others (Deeb & Roger 2024, arXiv 2410.08827)."""

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Muon, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from palimpsest.data.batches import Encoded
@@ -25,6 +25,7 @@ from palimpsest.lens.layer_map import slope
 from palimpsest.lens.lens import Lens
 from palimpsest.lens.readout import TOKENS, Readout
 from palimpsest.models.language_model import LanguageModel
+from palimpsest.models.muon import muon
 
 CLIP = 1.0
 """The largest norm of all layers' gradients together."""
@@ -50,7 +51,7 @@ class Recipe:
             rate = self.rate * (1 - self.momentum)
             parameters = [*weights, *biases]
             return [SGD(parameters, rate, self.momentum, weight_decay=self.weight_decay, nesterov=True)]
-        return [Muon(weights, self.rate, self.weight_decay), AdamW(biases, BIAS_RATE, weight_decay=0.0)]
+        return [muon(weights, self.rate, self.weight_decay), AdamW(biases, BIAS_RATE, weight_decay=0.0)]
 
 
 def fit_as_upstream(
