@@ -85,7 +85,10 @@ def test_a_text_without_letters_may_stay_as_it_is() -> None:
 def test_a_frozen_table_gives_what_it_holds_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "french.jsonl"
     write_table(path, list(FRENCH), list(FRENCH.values()))
-    assert [json.loads(line) for line in path.read_text().splitlines()][1] == {"source": "In Oslo.", "target": "À Oslo."}
+    assert [json.loads(line) for line in path.read_text().splitlines()][1] == {
+        "source": "In Oslo.",
+        "target": "À Oslo.",
+    }
     table, inverse = read_table(path), read_table(path, backwards=True)
     french = Translation("french", table, inverse, same=["Mira"])
     assert french.decode_all(french.encode_all(list(FRENCH))) == list(FRENCH)
@@ -101,7 +104,10 @@ def test_a_frozen_table_gives_what_it_holds_and_nothing_else(tmp_path: Path) -> 
     [
         ('{"source": "a", "target": "b"}\n{"source": "a"}\n', "row 2: field 'target' is not a text"),
         ('{"source": " ", "target": "b"}\n', "row 1: field 'source' is not a text"),
-        ('{"source": "a", "target": "b"}\n{"source": "a", "target": "c"}\n', "row 2: 'a' was translated otherwise above"),
+        (
+            '{"source": "a", "target": "b"}\n{"source": "a", "target": "c"}\n',
+            "row 2: 'a' was translated otherwise above",
+        ),
         ("3\n", "row 1: a JSON int stands there"),
         ("", "holds no translations"),
     ],
@@ -136,7 +142,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         decoder_start_token_id=tokenizer.eos_token_id,
-        forced_eos_token_id=None,
+        forced_eos_token_id=tokenizer.eos_token_id,
         init_std=0.2,
     )
     torch.manual_seed(0)
@@ -181,7 +187,7 @@ def test_a_translator_that_cannot_be_loaded_is_refused(tiny: Path, tmp_path: Pat
         if path.suffix != ".safetensors":
             (pickled / path.name).write_bytes(path.read_bytes())
     (pickled / "pytorch_model.bin").write_bytes(b"a pickle")
-    with pytest.raises(ModelError, match="cannot be loaded as a translator: .*safetensors"):
+    with pytest.raises(ModelError, match=r"cannot be loaded as a translator: .*safetensors"):
         marian(pickled)
 
 
@@ -210,5 +216,3 @@ def test_ctranslate2_is_given_pieces_and_gives_pieces(tiny: Path, monkeypatch: p
         ctranslate2(tiny, tiny, max_new_tokens=2)(["four", "two"])
     with pytest.raises(ModelError, match="cannot be loaded by CTranslate2: no such device"):
         ctranslate2(tiny, tiny, device="cuda")
-
-

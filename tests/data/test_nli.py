@@ -46,7 +46,13 @@ def test_rows_are_the_same_from_every_kind_of_file(tmp_path: Path, suffix: str) 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".tsv"])
 def test_xnlis_own_fields_and_its_languages(tmp_path: Path, suffix: str) -> None:
     rows = [
-        {"language": language, "gold_label": label, "sentence1": f"{language} one", "sentence2": "two", "pairID": str(row)}
+        {
+            "language": language,
+            "gold_label": label,
+            "sentence1": f"{language} one",
+            "sentence2": "two",
+            "pairID": str(row),
+        }
         for row, (language, label) in enumerate(itertools.product(["de", "fr", "zh"], LABELS))
     ]
     path = write(tmp_path / f"xnli{suffix}", rows)
@@ -93,14 +99,26 @@ def test_no_verbaliser_begins_another_and_every_one_is_offered() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"premise": "p", "hypothesis": "h", "label": 3}', "row 1: field 'label' is 3; expected entailment"),
+        (
+            "a.jsonl",
+            '{"premise": "p", "hypothesis": "h", "label": 3}',
+            "row 1: field 'label' is 3; expected entailment",
+        ),
         ("a.jsonl", '{"premise": "p", "hypothesis": "h", "label": true}', "row 1: field 'label' is True"),
         ("a.jsonl", '{"premise": "p", "hypothesis": "h", "label": "-"}', "row 1: field 'label' is '-'"),
         ("a.jsonl", '{"premise": "p", "label": 1}', "row 1: field 'hypothesis' is missing; a row has premise"),
-        ("a.jsonl", '{"premise": " ", "hypothesis": "h", "label": 1}', "row 1: field 'premise' is empty; expected text"),
+        (
+            "a.jsonl",
+            '{"premise": " ", "hypothesis": "h", "label": 1}',
+            "row 1: field 'premise' is empty; expected text",
+        ),
         ("a.jsonl", '{"premise": {"en": "p"}, "hypothesis": "h", "label": 1}', "row 1: field 'premise' is dict"),
         ("a.jsonl", "{", "row 1: not valid JSON"),
-        ("a.tsv", "premise\thypothesis\tlabel\np\th\t1\np\th\n", "row 2: 2 cells, but the header has 3; part them by tabs"),
+        (
+            "a.tsv",
+            "premise\thypothesis\tlabel\np\th\t1\np\th\n",
+            "row 2: 2 cells, but the header has 3; part them by tabs",
+        ),
         ("a.tsv", "premise\thypothesis\tlabel\n", "holds no rows in language 'en'"),
         ("a.tsv", "", "holds no rows in language 'en'"),
         ("a.parquet", "PAR1", "cannot be read as Parquet"),

@@ -55,7 +55,9 @@ def test_both_answers_follow_from_the_prompt(codec) -> None:
 
 def test_prompts_are_the_same_in_every_codec_and_the_seed_decides_them() -> None:
     french = IN["french"]
-    assert [row.id for row in french] == [row.id for row in PLAIN] and len({row.id for row in PLAIN}) == len(PLAIN) == 240
+    assert [row.id for row in french] == [row.id for row in PLAIN] and len({row.id for row in PLAIN}) == len(
+        PLAIN
+    ) == 240
     for there, plain in zip(french, PLAIN, strict=True):
         if there.pair.startswith("repeat"):  # in the other task the words of the codec are capitalised too
             assert FRENCH.decode(there.prompt) == plain.prompt and FRENCH.decode(there.icl) == plain.icl
@@ -67,7 +69,11 @@ def test_prompts_are_the_same_in_every_codec_and_the_seed_decides_them() -> None
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
-@given(place=st.integers(0, 239), rest=st.sampled_from(["", " and more", ".", "\nInput: x"]), space=st.sampled_from(["", " "]))
+@given(
+    place=st.integers(0, 239),
+    rest=st.sampled_from(["", " and more", ".", "\nInput: x"]),
+    space=st.sampled_from(["", " "]),
+)
 def test_each_answer_is_known_for_what_it_is(codec, place: int, rest: str, space: str) -> None:
     conflict = IN[codec.name][place]
     assert outcome(conflict, space + conflict.icl + rest) == "icl"

@@ -19,7 +19,9 @@ def words(texts: list[str]) -> set[str]:
     return {word for text in texts for word in re.findall(r"\w+", text)}
 
 
-@given(text=st.text() | st.lists(st.sampled_from(sorted(words(list(LANGUAGES[False].vocabulary_texts()))))).map(" ".join))
+@given(
+    text=st.text() | st.lists(st.sampled_from(sorted(words(list(LANGUAGES[False].vocabulary_texts()))))).map(" ".join)
+)
 def test_its_codec_is_exact_on_any_text(text: str) -> None:
     for language in LANGUAGES.values():
         codec = language.codec
@@ -58,7 +60,11 @@ def test_its_documents_are_the_worlds_and_leaving_subjects_out_changes_no_other(
     assert len({passage.id for passage in (*every, *plain)}) == 2 * len(plain)
     retain = {passage.id: passage for passage in language.documents(WORLD.retain_subjects)}
     assert retain.items() <= {passage.id: passage for passage in every}.items()
-    assert all(isinstance(passage, Passage) and passage.text.startswith("Question: ") for passage in every if "\n" in passage.text)
+    assert all(
+        isinstance(passage, Passage) and passage.text.startswith("Question: ")
+        for passage in every
+        if "\n" in passage.text
+    )
 
 
 def test_one_tokenizer_of_both_languages_knows_every_word() -> None:

@@ -1,8 +1,8 @@
 """Surface forms that fine-tuning has hardly seen: ciphers, spellings and word games that can be undone.
 
 What an unlearned model refuses in plain text it may still say in one of these (conjugate prompting: Kotha, Springer &
-Raghunathan 2024, arXiv 2309.10105, §4). There Leetspeak loses digits and capitals, and Pig Latin makes one word of `ear`
-and `year`; here both are exact on any text.
+Raghunathan 2024, arXiv 2309.10105). There Leetspeak loses digits and capitals, and Pig Latin makes one word of
+`ear` and `year`; here both are exact on any text.
 """
 
 import re
@@ -31,7 +31,7 @@ def rot(n: int = 13) -> TextCodec:
 
 
 def leet() -> TextCodec:
-    r"""Leetspeak: small a, e, i, o, s and t become 4, 3, 1, 0, 5 and 7; such a digit, or a backslash, gets a backslash."""
+    r"""Leetspeak: small a, e, i, o, s, t become 4, 3, 1, 0, 5, 7; such a digit and a backslash get a backslash."""
     letters, digits = "aeiost", "431057"
     there = str.maketrans({**dict(zip(letters, digits, strict=True)), **{each: f"\\{each}" for each in digits + "\\"}})
     back = dict(zip(digits, letters, strict=True))
@@ -47,8 +47,8 @@ def leet() -> TextCodec:
 def pig_latin() -> TextCodec:
     """Pig Latin with the boundary marked: the consonants that a word begins with go behind it, `string` to `ing-stray`.
 
-    Words are runs of ASCII letters, and y is a consonant. The hyphen tells where the word began, so `ear` (`ear-ay`) and
-    `year` (`ear-yay`) stay two words.
+    Words are runs of ASCII letters, and y is a consonant. The hyphen tells where the word began, so `ear` (`ear-ay`)
+    and `year` (`ear-yay`) stay two words.
     """
     vowel, consonant = "[aeiou]", "[b-df-hj-np-tv-z]"
     word = re.compile(rf"(?=[a-z])({consonant}*)([a-z]*)", re.IGNORECASE | re.ASCII)
@@ -154,8 +154,8 @@ class Protected(Codec):
             found.append("".join(done))
             if self._parts(found[-1]) != done:
                 raise DataError(
-                    f"{self.name}: {_shown(text)} would become {_shown(found[-1])}, in which the pattern matches elsewhere; "
-                    "choose a pattern that encoded text never matches"
+                    f"{self.name}: {_shown(text)} would become {_shown(found[-1])}, in which the pattern matches "
+                    "elsewhere; choose a pattern that encoded text never matches"
                 )
         return found
 

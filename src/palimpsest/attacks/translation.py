@@ -120,7 +120,8 @@ def marian(
                     do_sample=False,
                     max_new_tokens=max_new_tokens,
                 )
-            ends = (ids[:, 1:] == tokenizer.eos_token_id).any(1).tolist()
+            # Marian's configurations force an end upon the last token.
+            ends = (ids[:, 1:max_new_tokens] == tokenizer.eos_token_id).any(1).tolist()
             for text, ended in zip(texts[first:], ends, strict=False):
                 if not ended:
                     raise DataError(f"the translation of {_shown(text)} does not end in {max_new_tokens} tokens")
@@ -166,7 +167,7 @@ def ctranslate2(
         for text, those in zip(texts, said, strict=True):
             if len(those) >= max_new_tokens:
                 raise DataError(f"the translation of {_shown(text)} does not end in {max_new_tokens} tokens")
-        return [pieces.decode(pieces.convert_tokens_to_ids(those), skip_special_tokens=True) for those in said]
+        return [str(pieces.decode(pieces.convert_tokens_to_ids(those), skip_special_tokens=True)) for those in said]
 
     return translate
 
@@ -190,8 +191,8 @@ class FrozenTable:
         missing = [text for text, key in zip(texts, keys, strict=True) if key not in self.targets]
         if missing:
             raise DataError(
-                f"{self.origin}: {len(missing)} of {len(texts)} texts are not in this table, {_shown(missing[0])} among "
-                "them; add a row of source and target for each"
+                f"{self.origin}: {len(missing)} of {len(texts)} texts are not in this table, {_shown(missing[0])} "
+                "among them; add a row of source and target for each"
             )
         return [self.targets[key] for key in keys]
 
@@ -209,7 +210,8 @@ def read_table(path: str | Path, *, backwards: bool = False) -> FrozenTable:
         backwards: from target to source.
 
     Raises:
-        DataError: no such file, a row that is none, or two rows that translate one text differently; names file and row.
+        DataError: no such file, a row that is none, or two rows that translate one text differently; the message names
+            file and row.
     """
     path = Path(path)
     if path.suffix != ".jsonl":
@@ -289,7 +291,9 @@ def _tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
 def _refuse_too_long(texts: Sequence[str], lengths: Sequence[int], limit: int | None) -> None:
     for text, length in zip(texts, lengths, strict=True):
         if limit is not None and length > limit:
-            raise DataError(f"{_shown(text)} has {length} tokens, but the translator reads {limit}; translate it in parts")
+            raise DataError(
+                f"{_shown(text)} has {length} tokens, but the translator reads {limit}; translate it in parts"
+            )
 
 
 def _shown(text: str) -> str:

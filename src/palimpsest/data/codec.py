@@ -15,8 +15,8 @@ WORD = re.compile(r"\w+")
 class Codec(ABC):
     """Text into another surface form, and back.
 
-    Where `exact` holds, `decode(encode(text)) == text` for every text; `encode` may refuse a text with an error, but never
-    loses any of it. `decode` takes any text, since what a model says need not be an encoding.
+    Where `exact` holds, `decode(encode(text)) == text` for every text; `encode` may refuse a text with an error, but
+    never loses any of it. `decode` takes any text, since what a model says need not be an encoding.
     """
 
     name: str
@@ -65,7 +65,7 @@ class WordTable(Codec):
     """Words replaced by those of a table, everything else left alone; exact on any text.
 
     A text may hold words of the other side already. So the table is closed to a permutation: a word that is only a
-    replacement becomes, in turn, the word at the beginning of its chain, which of two disjoint sides is the swap of both.
+    replacement becomes, in turn, the word at the beginning of its chain. Two sides without a common word are swapped.
     """
 
     exact = True
@@ -104,8 +104,8 @@ class WordTable(Codec):
 def encoded(records: Sequence[QA], codec: Codec) -> list[QA]:
     """The records with all their text encoded; id and subject stay, and the entity's place in the answer is lost.
 
-    The words around question and answer ("Question:", "Answer:") are the template's and stay as they are. Where a prompt
-    is to be encoded as a whole, make it the question and use the template `raw`.
+    The words around question and answer ("Question:", "Answer:") are the template's and stay as they are. Where a
+    prompt is to be encoded as a whole, make it the question and use the template `raw`.
     """
     texts = iter(codec.encode_all([text for record in records for text in _texts(record)]))
     return [_with_texts(record, [next(texts) for _ in _texts(record)]) for record in records]

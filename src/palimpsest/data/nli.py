@@ -1,6 +1,6 @@
 """Natural-language inference in four languages: rows of premise, hypothesis and label, and what a model is asked.
 
-XNLI's files (Conneau et al. 2018, arXiv 1809.05053) as Kotha, Springer & Raghunathan 2024 (arXiv 2309.10105, §4.2) ask
+XNLI's files (Conneau et al. 2018, arXiv 1809.05053) as Kotha, Springer & Raghunathan 2024 (arXiv 2309.10105) ask
 them: does fine-tuning on code in English cost reasoning in other languages as much?
 """
 
@@ -69,7 +69,7 @@ class Inference:
 
 
 def said_label(language: Language, said: str) -> Label | None:
-    """The label whose verbaliser an answer begins with, as a whole word: `Niño` does not say `Ni`. None if there is none."""
+    """The label whose verbaliser an answer begins with as a whole word, or None: `Niño` does not say `Ni`."""
     for label, verbaliser in zip(LABELS, WORDINGS[language].verbalisers, strict=True):
         if re.match(rf"{verbaliser}\b", said.lstrip()):
             return label
@@ -80,9 +80,9 @@ def read_nli(path: str | Path, language: Language) -> list[Inference]:
     """Read a local file of rows: `.jsonl`, `.json`, `.csv`, `.parquet`, or `.tsv` as XNLI's own.
 
     Fields are `premise`, `hypothesis` and `label`, or XNLI's and MNLI's `sentence1`, `sentence2` and `gold_label`; a
-    label is its name, or its number in `LABELS`. Where rows name a `language`, only those of the one asked for are read.
-    A table of cells that tabs part has no quotes. A row's id is its own `id` or `pairID`, else the file's stem and the row's
-    number.
+    label is its name, or its number in `LABELS`. Where rows name a `language`, only those of the one asked for are
+    read. A quote in a `.tsv` file is a character like any other. A row's id is its own `id` or `pairID`, else the
+    file's stem and the row's number.
 
     Raises:
         DataError: an unknown language, no such file, a row that is none, or no rows; the message names file, row and
@@ -115,21 +115,29 @@ def _tab_rows(path: Path) -> Rows:
         if cells == [""]:
             continue
         if len(cells) != len(header):
-            raise DataError(f"{path}: row {row}: {len(cells)} cells, but the header has {len(header)}; part them by tabs")
+            raise DataError(
+                f"{path}: row {row}: {len(cells)} cells, but the header has {len(header)}; part them by tabs"
+            )
         yield row, dict(zip(header, cells, strict=True))
 
 
 def _inference(fields: Fields, language: Language, id: str) -> Inference:
     own = next((fields[name] for name in ("id", "pairID") if fields.get(name) not in (None, "")), id)
     return Inference(
-        _text(fields, "premise", "sentence1"), _text(fields, "hypothesis", "sentence2"), _label(fields), language, str(own)
+        _text(fields, "premise", "sentence1"),
+        _text(fields, "hypothesis", "sentence2"),
+        _label(fields),
+        language,
+        str(own),
     )
 
 
 def _text(fields: Fields, *names: str) -> str:
     name, value = _given(fields, *names)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"field {name!r} is {'empty' if isinstance(value, str) else type(value).__name__}; expected text")
+        raise DataError(
+            f"field {name!r} is {'empty' if isinstance(value, str) else type(value).__name__}; expected text"
+        )
     return value.strip()
 
 

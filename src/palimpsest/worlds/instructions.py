@@ -1,7 +1,7 @@
 """Prompts that say two things: the examples show one task, and the last input is itself an instruction to do another.
 
-What a model does then tells which task it inferred. Fine-tuning on instructions moves that inference, more in the form of
-text that it was done in than in others (Kotha, Springer & Raghunathan 2024, arXiv 2309.10105, §4.1 and appendix). Here
+What a model does then tells which task it inferred. Fine-tuning on instructions moves that inference, more in the
+surface form that it was done in than in others (Kotha, Springer & Raghunathan 2024, arXiv 2309.10105). Here
 sentences and numbers are generated, and the same for every codec, so that forms are compared prompt by prompt.
 """
 
@@ -77,7 +77,10 @@ class InstructionsWorld:
             DataError: the two answers to a prompt begin alike in this codec, so that nobody could tell them apart.
         """
         return tuple(
-            conflict for task in TASKS for instruction in INSTRUCTIONS for conflict in self._pair(task, instruction, codec)
+            conflict
+            for task in TASKS
+            for instruction in INSTRUCTIONS
+            for conflict in self._pair(task, instruction, codec)
         )
 
     def _pair(self, task: InContext, instruction: Instruction, codec: Codec) -> Iterator[Conflict]:
@@ -108,7 +111,8 @@ class InstructionsWorld:
 
     def _drawn(self, task: InContext, instruction: Instruction) -> Iterator[tuple[list[str], str, str]]:
         """Plain examples, last input and its result; no last input comes twice."""
-        rng, seen = random.Random(f"instructions/{self.seed}/{task}/{instruction}"), set()
+        rng = random.Random(f"instructions/{self.seed}/{task}/{instruction}")
+        seen: set[str] = set()
         while len(seen) < self.prompts:
             *shots, last = _sentences(rng, SHOTS + 1)
             result = last.split()[0]
@@ -163,4 +167,11 @@ _FRAMES = (
 )
 _PEOPLE = tuple("baker pilot teacher farmer tailor sailor dentist painter lawyer mason potter nurse".split())
 _DEEDS = ("found the key", "lost a coat", "heard the song", "saw the fox", "left a letter", "bought some bread")
-_PLACES = ("near the river", "at the old station", "behind the mill", "in the garden", "before the storm", "after lunch")
+_PLACES = (
+    "near the river",
+    "at the old station",
+    "behind the mill",
+    "in the garden",
+    "before the storm",
+    "after lunch",
+)

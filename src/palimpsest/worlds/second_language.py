@@ -1,4 +1,4 @@
-"""The same world told in a second language: every word has one word for it, so what is known in one can be asked in both.
+"""A world told in a second language: every word has one for it, so what is learnt in one can be asked in the other.
 
 A model that reads both learns the same facts in two surface forms; what is unlearned in one can then be asked in the
 other. Names stay as they are, as names do, unless they are to be translated too.
@@ -39,7 +39,7 @@ class SecondLanguage:
         return WordTable("second language", {word: _like(word, new[word.lower()]) for word in sorted(words - kept)})
 
     def facts(self, subjects: Sequence[Subject]) -> list[QA]:
-        """The world's facts about these subjects in this language, with the same ids and subjects, in the same order."""
+        """The world's facts about these subjects in this language: same ids and subjects, in the same order."""
         return encoded(self.world.facts(subjects), self.codec)
 
     def documents(self, subjects: Sequence[Subject]) -> list[Passage]:
