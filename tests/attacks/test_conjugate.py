@@ -1,7 +1,8 @@
 """Conjugate prompting: scripted models whose truth is known, the numbers by another way, and a small organism."""
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
@@ -77,6 +78,7 @@ def test_who_knows_but_refuses_in_plain_text_is_suppressed(codec: Codec) -> None
     assert found.difference_in_differences.value == 1
     assert found.drop.value == 1 and found.drop_encoded.value == found.cost.value == found.control.value == 0
     assert found.verdict == "suppressed" and "no gold model" not in found.reason
+    assert json.loads(json.dumps(asdict(found), allow_nan=False))["net"]["value"] == 1
     assert judged(codec, scripted(codec, plain=False, other=True)).reason.endswith("no gold model was asked")
 
 
