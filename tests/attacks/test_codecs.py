@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palimpsest.attacks.chrf import chrf
 from palimpsest.attacks.codecs import (
     code_switched,
     compose,
@@ -22,6 +21,7 @@ from palimpsest.attacks.codecs import (
 from palimpsest.data.codec import IDENTITY, Codec, TextCodec, WordTable, encoded
 from palimpsest.data.records import QA
 from palimpsest.errors import DataError, SpecError
+from palimpsest.metrics.chrf import chrf
 
 SWITCHED = code_switched({"born": "né", "house": "casa", "casa": "Haus", "né": "x1"})
 EXACT: tuple[Codec, ...] = (

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import ascii_lowercase, ascii_uppercase
 
-from palimpsest.attacks.chrf import chrf
 from palimpsest.data.codec import Codec, TextCodec, WordTable
 from palimpsest.errors import DataError, SpecError
+from palimpsest.metrics.chrf import chrf
 
 
 def rot(n: int = 13) -> TextCodec:
