@@ -70,7 +70,7 @@ PARTS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 def test_settings_that_make_no_sense_are_refused() -> None:
     model = tiny_model("llama")
-    with pytest.raises(SpecError, match="share is 1.2"):
+    with pytest.raises(SpecError, match=r"share is 1\.2"):
         pruned(model, 1.2)
     with pytest.raises(SpecError, match="noise: -1"):
         shaken(model, -1, seed=0)

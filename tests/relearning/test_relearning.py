@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ class Clock:
 class Scripted:
     """A learner that knows what its curve says, and refuses to unlearn."""
 
-    fitted: list[tuple[int, int]] = []
+    fitted: ClassVar[list[tuple[int, int]]] = []
 
     def __init__(self, curve: Curve, seed: int, **more: float) -> None:
         self.curve, self.seed, self.budget, self.more = curve, seed, 0, more
@@ -107,7 +107,9 @@ def test_what_returns_passes_and_what_is_missing_at_one_budget_fails() -> None:
 
 def test_the_two_wants_are_mirror_images() -> None:
     """An artefact as good as gold fails the one test as surely as it passes the other."""
-    like_floor = {want: run(lambda _, budget: budget / 10, replace(GONE, want=want)) for want in ("stay_gone", "return")}
+    like_floor = {
+        want: run(lambda _, budget: budget / 10, replace(GONE, want=want)) for want in ("stay_gone", "return")
+    }
     assert {want: report.verdict for want, report in like_floor.items()} == {"stay_gone": "PASS", "return": "FAIL"}
 
 
@@ -224,9 +226,9 @@ def test_units_do_not_matter(values: list[tuple[float, float, float]], scale: fl
     assert one.points[0].rho and other.points[0].rho
     for end in ("value", "low", "high"):
         assert getattr(one.points[0].rho, end) == pytest.approx(getattr(other.points[0].rho, end), abs=1e-6)
-    per_seed = np.array(values)
-    means = per_seed.mean(0) + [-3, 3, 0]
-    assert one.points[0].rho.value == pytest.approx((means[2] - means[0]) / (means[1] - means[0]))
+    floor, ceiling, artefact = np.array(values).mean(0)
+    expected = (artefact - floor + 3) / (ceiling - floor + 6)
+    assert one.points[0].rho.value == pytest.approx(expected)
 
 
 def test_replayed_learners_learn_once_and_say_the_same() -> None:

@@ -219,10 +219,6 @@ def relearning(
     lessons = {name: LESSONS[name] for name in settings.lessons}
     if unrelated_rows:
         lessons["unrelated"] = partial(unrelated, unrelated_rows)
-    incumbents = {
-        name: float(answer_probability(model, _questions(request), template=request.template).double().mean())
-        for name, model in models.items()
-    }
     found: dict[str, dict[str, RelearnReport]] = {name: {} for name in models}
     done, in_all = 0, len(lessons) * len(settings.learning_rates) * len(models) * len(settings.seeds) * 3
     for lesson_name, lesson in lessons.items():
@@ -231,7 +227,7 @@ def relearning(
             for name, model in models.items():
                 point = f"{lesson_name}, rate {rate:g}"
                 spec = RelearnSpec(
-                    _protocol(settings, lesson_name, incumbents[name]),
+                    _protocol(settings, lesson_name, _before(model, request, lesson, settings.seeds)),
                     _maker(model, request, lesson, settings, rate),
                     floor,
                     ceiling,
@@ -272,6 +268,13 @@ def _protocol(settings: Relearning, lesson: str, incumbent: float) -> RelearnSet
         margin=settings.margin,
         lesson=LESSON if tells else None,
     )
+
+
+def _before(model: LanguageModel, request: Request, lesson: MakeLesson, seeds: Sequence[int]) -> float:
+    """What it says before any lesson of what is asked after it: the mean over seeds, which may ask other rows each."""
+    asked = [lesson(request, seed).asked for seed in seeds]
+    values = [answer_probability(model, rows, template=request.template).double().mean() for rows in asked]
+    return float(torch.stack(values).mean())
 
 
 def _maker(

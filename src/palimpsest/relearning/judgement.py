@@ -49,8 +49,8 @@ class RelearnSettings:
     """The probed value that is compared; higher is more of what was learned."""
     want: Want
     incumbent: float | None = None
-    """The number that is usually shown for the artefact, in the metric's unit: forget accuracy now, or the return of the
-    policy that it was made with. Where that is bad already, there is nothing to find out."""
+    """The number that is usually shown for the artefact, in the metric's unit: forget accuracy now, or the return of
+    the policy that it was made with. Where that is bad already, there is nothing to find out."""
     margin: float = 0.1
     """The share of the way from floor to ceiling by which a good artefact may miss."""
     incumbent_margin: float = 0.5
@@ -309,8 +309,8 @@ def _no_verdict(
         )
         if reached < settings.lesson_share * due:
             return "weak learner", (
-                f"the learner is too weak: after {settings.budgets[-1]} its {settings.lesson} is {reached:.3g}, less than "
-                f"{settings.lesson_share:g} of the {due:.3g} that the ceiling's learner has"
+                f"the learner is too weak: after {settings.budgets[-1]} its {settings.lesson} is {reached:.3g}, less "
+                f"than {settings.lesson_share:g} of the {due:.3g} that the ceiling's learner has"
             )
     if settings.incumbent is not None:
         stays_gone = settings.want == "stay_gone"
