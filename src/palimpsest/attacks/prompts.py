@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
@@ -116,7 +116,7 @@ def told(record: QA, text: str) -> frozenset[str]:
     Upper case, punctuation and scikit-learn's English stop words do not count.
     """
     start, stop = record.entity_span or (0, len(record.answer))
-    return frozenset((_words(record.answer[start:stop]) - _words(record.question)) & _words(text))
+    return (_words(record.answer[start:stop]) - _words(record.question)) & _words(text)
 
 
 def prompt_attacks(
@@ -167,5 +167,6 @@ def _told_by(fact: QA) -> str:
     return f"{fact.question} {fact.answer}."
 
 
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.casefold())) - ENGLISH_STOP_WORDS
+@lru_cache(maxsize=1 << 16)  # a retain row is looked at for every record
+def _words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", text.casefold())) - ENGLISH_STOP_WORDS
