@@ -104,6 +104,22 @@ def concept_vectors(
     _tell(run(Plan(range(first_seed, first_seed + seeds), out / "concept_vectors", cell or CELLS)), as_json)
 
 
+@studies.command("recovery")
+def recovery(
+    seeds: Seeds = 5,
+    first_seed: FirstSeed = 0,
+    cell: Annotated[list[str] | None, typer.Option(help="Measure only these models, e.g. sham, npo.")] = None,
+    out: Out = Path("runs/studies"),
+    as_json: Json = False,
+) -> None:
+    """Can someone get it back: by relearning, rounding, other prompts, projections; and what tells beforehand?"""
+    with console.status("loading torch and transformers"):
+        from palimpsest.studies.recovery import Plan, run
+        from palimpsest.studies.unlearned_models import CELLS
+    _refuse_unknown("cell", cell, CELLS)
+    _tell(run(Plan(range(first_seed, first_seed + seeds), out / "recovery", cell or CELLS)), as_json)
+
+
 @studies.command("task_forgetting")
 def task_forgetting(
     seeds: Seeds = 5,
