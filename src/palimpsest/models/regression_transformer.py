@@ -19,6 +19,7 @@ from torch.nn.functional import mse_loss, pad, scaled_dot_product_attention
 from palimpsest.errors import SpecError, TrainingError
 from palimpsest.files import content_hash
 from palimpsest.models.checkpoint import Checkpoints
+from palimpsest.models.muon import muon
 from palimpsest.models.training import TrainingSettings
 from palimpsest.progress import Report
 
@@ -111,7 +112,9 @@ def train_regression(
     report: Report | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> RegressionTransformer:
-    """Train in place on the mean squared error of every y of a prompt; AdamW on all parameters.
+    """Train in place on the mean squared error of every y of a prompt.
+
+    AdamW steps all parameters, or those that are left where the settings give Muon a rate for the blocks' matrices.
 
     Args:
         network: what to train; returned.
@@ -132,25 +135,21 @@ def train_regression(
         raise SpecError("regression: data are drawn afresh for every step, so training needs `steps`")
     n_steps, parameters = settings.steps, dict(network.named_parameters())
     device = network.positions.device
-    optimizer = torch.optim.AdamW(
-        parameters.values(),
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    optimizers = _optimizers(network, settings)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     kept = [asdict(network.architecture), asdict(settings), identity]
     checkpoints = Checkpoints(checkpoint, content_hash(kept)) if checkpoint else None
-    state = checkpoints.load([optimizer]) if checkpoints else None
+    state = checkpoints.load(optimizers) if checkpoints else None
     if state is not None:
         network.load_state_dict(state.tensors)
     mean = math.nan
     network.train()
     for step in range(state.step if state else 0, n_steps):
-        optimizer.param_groups[0]["lr"] = settings.learning_rate * settings.rate(step, n_steps)
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * settings.rate(step, n_steps)
         x, y = (values.to(device, torch.float32) for values in batch_at(step))
         loss = mse_loss(network(x, y), y)
-        optimizer.zero_grad()
+        network.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters.values(), settings.clip)
         if step % 25 == 0 or step + 1 == n_steps:  # looking at a number waits for the device
@@ -164,15 +163,31 @@ def train_regression(
                 )
             if report:
                 report(step + 1, n_steps, f"loss {mean:.3f}")
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if after_step:
             after_step(step + 1)
         if checkpoints and (step + 1) % checkpoint_every == 0 and step + 1 < n_steps:
-            checkpoints.save(step + 1, parameters, [optimizer])
+            checkpoints.save(step + 1, parameters, optimizers)
     network.eval()
     if checkpoints:
         checkpoints.remove()
     return network
+
+
+def _optimizers(network: RegressionTransformer, settings: TrainingSettings) -> list[torch.optim.Optimizer]:
+    matrices = []
+    if settings.muon_learning_rate is not None:
+        matrices = [layer.weight for layer in network.blocks.modules() if isinstance(layer, nn.Linear)]
+    taken = {id(matrix) for matrix in matrices}
+    adam = torch.optim.AdamW(
+        [value for value in network.parameters() if id(value) not in taken],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    return [adam, muon(matrices, settings.muon_learning_rate or 0.0, settings.weight_decay)] if matrices else [adam]
 
 
 @torch.no_grad()

@@ -152,7 +152,7 @@ def _of_scaling(cells: Cells) -> list[Claim]:
             f"share of the rise that gamma {GAMMA} takes back, at the first checkpoint",
             _values(cells, "scaled", lambda cell: recovered(cell, _steps(cell)[1])),
             bound=0.3,
-            note=_by_steps(cells, "scaled", recovered),
+            note=_by_steps(cells, "scaled", recovered, tuned=True),
         ),
         _claim(
             "a5/difference",
@@ -160,7 +160,7 @@ def _of_scaling(cells: Cells) -> list[Claim]:
             f"1 less the rise at gamma {GAMMA} over the rise at gamma 1, at the first checkpoint",
             _values(cells, "scaled", lambda cell: difference_in_differences(cell, _steps(cell)[1])),
             bound=0.0,
-            note=_joined("ours", _by_steps(cells, "scaled", difference_in_differences)),
+            note=_joined("ours", _by_steps(cells, "scaled", difference_in_differences, tuned=True)),
         ),
         _claim(
             "a5/decay",
@@ -186,7 +186,7 @@ def _of_scaling(cells: Cells) -> list[Claim]:
             _values(cells, "unit", lambda cell: max(recovered(cell, steps) for steps in _steps(cell)[1:])),
             bound=0.0,
             below=True,
-            note=_joined("ours", _by_steps(cells, "unit", recovered), _by_gamma(cells, "unit")),
+            note=_joined("ours", _by_steps(cells, "unit", recovered, tuned=True), _by_gamma(cells, "unit")),
         ),
     ]
 
@@ -297,11 +297,9 @@ def _mean(cells: Cells, name: str, quantity: Callable[[Cell], Sequence[float]]) 
     return [float(value) for value in np.mean(found, axis=0)] if found else []
 
 
-def _by_steps(cells: Cells, name: str, quantity: Callable[[Cell, str], float]) -> str:
-    """At every checkpoint; where there is nothing before fine-tuning, from the first after it on."""
-    steps = next((_steps(seed[name]) for seed in cells.values() if name in seed), [])
-    if quantity in (recovered, difference_in_differences):
-        steps = steps[1:]
+def _by_steps(cells: Cells, name: str, quantity: Callable[[Cell, str], float], *, tuned: bool = False) -> str:
+    """At every checkpoint, or only at those after fine-tuning."""
+    steps = next((_steps(seed[name])[tuned:] for seed in cells.values() if name in seed), [])
     means = _mean(cells, name, lambda cell: [quantity(cell, step) for step in steps])
     return ", ".join(f"{value:.3g} at {step}" for value, step in zip(means, steps, strict=False)) + " steps"
 

@@ -96,12 +96,12 @@ def _finetuning(steps: int, learning_rate: float) -> TrainingSettings:
 
 SETTINGS: Mapping[str, Setting] = {
     "demo": Setting(
-        architecture=RegressionArchitecture(),
-        tasks=8,
-        alone_tasks=16,
+        architecture=RegressionArchitecture(dim=2, points=9, layers=3),
+        tasks=4,
+        alone_tasks=8,
         noise=0.25,
-        pretraining=_training(3000, 1.5e-3, 32),
-        alone=_training(800, 1.5e-3, 32),
+        pretraining=_training(2000, 1.5e-3),
+        alone=_training(600, 1.5e-3),
         finetuning=_finetuning(400, 1e-4),
         checkpoints=(25, 100, 400),
     ),
