@@ -110,8 +110,10 @@ def test_either_layout_learns_one_task_by_heart(layout: Layout) -> None:
     assert ((predict_regression(model, x, y) - y).square().mean(0) < 0.2 * y.square().mean(0)).all()
 
 
-def test_training_follows_from_the_seed_and_goes_on_after_a_kill(tmp_path: Path) -> None:
-    whole = train_regression(network(), pairs, SETTINGS)
+@pytest.mark.parametrize("rate", [None, 0.02], ids=["adam", "muon"])
+def test_training_follows_from_the_seed_and_goes_on_after_a_kill(rate: float | None, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, muon_learning_rate=rate)
+    whole = train_regression(network(), pairs, settings)
 
     def killed(step: int) -> tuple[Tensor, Tensor]:
         if step == 9:
@@ -119,14 +121,14 @@ def test_training_follows_from_the_seed_and_goes_on_after_a_kill(tmp_path: Path)
         return pairs(step)
 
     with pytest.raises(KeyboardInterrupt):
-        train_regression(network(), killed, SETTINGS, checkpoint=tmp_path / "run", checkpoint_every=4)
+        train_regression(network(), killed, settings, checkpoint=tmp_path / "run", checkpoint_every=4)
     asked: list[int] = []
 
     def watched(step: int) -> tuple[Tensor, Tensor]:
         asked.append(step)
         return pairs(step)
 
-    resumed = train_regression(network(), watched, SETTINGS, checkpoint=tmp_path / "run", checkpoint_every=4)
+    resumed = train_regression(network(), watched, settings, checkpoint=tmp_path / "run", checkpoint_every=4)
     assert asked == [8, 9, 10, 11] and not (tmp_path / "run").exists()
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -159,3 +161,13 @@ def test_what_cannot_be_trained_is_refused() -> None:
         RegressionArchitecture(layers=0)
     with pytest.raises(TrainingError, match="step 1 of 12: the loss is nan"):
         train_regression(network(), lambda step: (pairs(step)[0], pairs(step)[1] * math.nan), SETTINGS)
+
+
+def test_muon_takes_the_blocks_matrices_and_no_others() -> None:
+    """Seen by giving AdamW, which takes the rest, a rate that moves nothing."""
+    settings = replace(SETTINGS, steps=1, muon_learning_rate=0.1, learning_rate=1e-9)
+    before, after = network(), train_regression(network(), pairs, settings)
+    moved = {
+        name for name, value in after.named_parameters() if (value - before.get_parameter(name)).abs().max() > 1e-4
+    }
+    assert moved == {name for name, value in before.blocks.named_parameters(prefix="blocks") if value.ndim == 2}

@@ -116,8 +116,8 @@ SETTINGS: Mapping[str, Setting] = {
         checkpoints=(25, 100, 400, 1600),
     ),
 }
-"""`demo` takes minutes on one core. `paper` has the paper's dimension, noise and pool and its 9.5 M parameters, and is
-for a GPU; the paper does not tell its numbers of steps, so these are ours."""
+"""`demo` is as small as shows the effect, for one core. `paper` has the paper's dimension, noise and pool and its 9.5 M
+parameters, and is for a GPU; the paper does not tell its numbers of steps, so these are ours."""
 
 
 class Bench:
