@@ -145,6 +145,31 @@ def task_forgetting(
     console.print(f"matrices: {folder / 'matrix.html'}", highlight=False)
 
 
+@studies.command("implicit_inference")
+def implicit_inference(
+    seeds: Seeds = 3,
+    first_seed: FirstSeed = 0,
+    setting: Annotated[
+        str, typer.Option(help="demo takes minutes on one core; paper is the paper's size, for a GPU.")
+    ] = ("demo"),
+    cell: Annotated[list[str] | None, typer.Option(help="Measure only these networks, e.g. scaled, unit.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU when there is one.")] = None,
+    out: Out = Path("runs/studies"),
+    as_json: Json = False,
+) -> None:
+    """Is forgetting by fine-tuning a shift in which task is inferred, and do scaled prompts undo it?"""
+    with console.status("loading torch and transformers"):
+        import torch
+
+        from palimpsest.studies.implicit_inference import Plan, run
+        from palimpsest.studies.implicit_inference_cells import CELLS, SETTINGS
+    _refuse_unknown("setting", [setting], list(SETTINGS))
+    _refuse_unknown("cell", cell, CELLS)
+    _refuse_unknown("device", [device] if device else None, ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+    span, folder = range(first_seed, first_seed + seeds), out / "implicit_inference" / setting
+    _tell(run(Plan(span, folder, SETTINGS[setting], cell or CELLS, device)), as_json)
+
+
 def _refuse_unknown(option: str, given: Sequence[str] | None, known: Sequence[str]) -> None:
     for wanted in given or ():
         if wanted not in known:
