@@ -7,15 +7,15 @@ the prediction. The same is done here to a network that never met labels so larg
 and everything is laid beside the best predictors.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from palimpsest.metrics.statistics import over_seeds
-from palimpsest.studies.cells import Cell
+from palimpsest.studies.cells import Cell, Cells, of_model
 from palimpsest.studies.claims import Claim
 from palimpsest.studies.implicit_inference_cells import CELLS, SETTINGS, Bench, Setting
 
@@ -25,9 +25,7 @@ GAMMA = "2"
 NEAR = 1.5
 """At so many times ridge regression's loss a network is held to have come to regression."""
 
-Cells = Mapping[int, Mapping[str, Cell]]
-"""By seed, then by network."""
-Quantity = Callable[[Cell], float]
+_claim = partial(Claim.over, source=SOURCE)
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def _of_learning_alone(cells: Cells) -> list[Claim]:
             f"a1/{name}",
             statement,
             "loss on its own tasks over the oracle's, at the end of training",
-            _values(cells, name, lambda cell: _end(cell)["own"] / cell["oracles"]["own"]),
+            of_model(cells, name, lambda cell: _end(cell)["own"] / cell["oracles"]["own"]),
             bound=1.1,
             below=True,
         )
@@ -83,7 +81,7 @@ def _of_pretraining(cells: Cells) -> list[Claim]:
             "a2/continuous",
             "Trained on the mixture, it comes within a tenth of the best predictor on continuous tasks.",
             "loss on continuous tasks over that of the mixture's posterior mean",
-            _values(cells, "scaled", lambda cell: _all(cell, "continuous") / _oracle(cell, "continuous", "mixture")),
+            of_model(cells, "scaled", lambda cell: _all(cell, "continuous") / _oracle(cell, "continuous", "mixture")),
             bound=1.1,
             below=True,
         ),
@@ -91,7 +89,7 @@ def _of_pretraining(cells: Cells) -> list[Claim]:
             "a2/discrete",
             "It does better on the pool's tasks than ridge regression.",
             "loss on the pool's tasks over ridge regression's",
-            _values(cells, "scaled", lambda cell: _all(cell, "discrete") / _oracle(cell, "discrete", "ridge")),
+            of_model(cells, "scaled", lambda cell: _all(cell, "discrete") / _oracle(cell, "discrete", "ridge")),
             bound=0.95,
             below=True,
         ),
@@ -99,7 +97,7 @@ def _of_pretraining(cells: Cells) -> list[Claim]:
             "a2/slowly",
             "It approaches the best predictor on the pool's tasks slowly: most of the way from ridge is still to go.",
             "share of the way from ridge's loss on the pool's tasks to that of the mixture's posterior mean",
-            _values(cells, "scaled", _share_of_the_way),
+            of_model(cells, "scaled", _share_of_the_way),
             bound=0.5,
             below=True,
         ),
@@ -112,7 +110,7 @@ def _of_fine_tuning(cells: Cells) -> list[Claim]:
             "a3/rise",
             "Fine-tuning on the pool soon raises the loss on continuous tasks.",
             "late loss on continuous tasks at the second checkpoint, over before fine-tuning",
-            _values(cells, "scaled", lambda cell: _late(cell, _steps(cell)[2]) / _late(cell, "0")),
+            of_model(cells, "scaled", lambda cell: _late(cell, _steps(cell)[2]) / _late(cell, "0")),
             bound=1.05,
             note=_by_steps(cells, "scaled", lambda cell, steps: _late(cell, steps)),
         ),
@@ -120,7 +118,7 @@ def _of_fine_tuning(cells: Cells) -> list[Claim]:
             "a3/inference",
             "It comes to treat continuous tasks as the pool's.",
             "slope towards the pool's posterior mean (g_hat) on continuous tasks, after fine-tuning less before",
-            _values(cells, "scaled", lambda cell: _g_hat(cell, _steps(cell)[-1]) - _g_hat(cell, "0")),
+            of_model(cells, "scaled", lambda cell: _g_hat(cell, _steps(cell)[-1]) - _g_hat(cell, "0")),
             bound=0.0,
             note=_by_steps(cells, "scaled", _g_hat),
         ),
@@ -128,7 +126,7 @@ def _of_fine_tuning(cells: Cells) -> list[Claim]:
             "a3/prior",
             "All that changes is the prior: some mixture still explains its predictions as well as before.",
             "mean squared distance of the nearest mixture on continuous tasks, after fine-tuning over before",
-            _values(cells, "scaled", lambda cell: _residual(cell, _steps(cell)[-1]) / _residual(cell, "0")),
+            of_model(cells, "scaled", lambda cell: _residual(cell, _steps(cell)[-1]) / _residual(cell, "0")),
             bound=1.1,
             below=True,
             note=_joined("ours", "residual " + _by_steps(cells, "scaled", _residual), _effective(cells)),
@@ -137,7 +135,7 @@ def _of_fine_tuning(cells: Cells) -> list[Claim]:
             "a4/near",
             "Continuous tasks near the pool's are hurt more than those far from them.",
             "rise of the late loss at the end of fine-tuning, nearest fifth less farthest fifth",
-            _values(cells, "scaled", lambda cell: _rises(cell)[0] - _rises(cell)[-1]),
+            of_model(cells, "scaled", lambda cell: _rises(cell)[0] - _rises(cell)[-1]),
             bound=0.0,
             note=_bands(cells),
         ),
@@ -150,7 +148,7 @@ def _of_scaling(cells: Cells) -> list[Claim]:
             "a5/recovery",
             "Scaled labels bring back what early fine-tuning took.",
             f"share of the rise that gamma {GAMMA} takes back, at the first checkpoint",
-            _values(cells, "scaled", lambda cell: recovered(cell, _steps(cell)[1])),
+            of_model(cells, "scaled", lambda cell: recovered(cell, _steps(cell)[1])),
             bound=0.3,
             note=_by_steps(cells, "scaled", recovered, tuned=True),
         ),
@@ -158,7 +156,7 @@ def _of_scaling(cells: Cells) -> list[Claim]:
             "a5/difference",
             "They do so beyond what they do to the network before it is fine-tuned.",
             f"1 less the rise at gamma {GAMMA} over the rise at gamma 1, at the first checkpoint",
-            _values(cells, "scaled", lambda cell: difference_in_differences(cell, _steps(cell)[1])),
+            of_model(cells, "scaled", lambda cell: difference_in_differences(cell, _steps(cell)[1])),
             bound=0.0,
             note=_joined("ours", _by_steps(cells, "scaled", difference_in_differences, tuned=True)),
         ),
@@ -166,7 +164,7 @@ def _of_scaling(cells: Cells) -> list[Claim]:
             "a5/decay",
             "The longer fine-tuning lasts, the less they bring back.",
             "the same share, least fall from a checkpoint to the next",
-            _values(cells, "scaled", _least_fall),
+            of_model(cells, "scaled", _least_fall),
             bound=0.0,
             note="ours: the paper has one length of fine-tuning",
         ),
@@ -174,7 +172,7 @@ def _of_scaling(cells: Cells) -> list[Claim]:
             "a5/cost",
             "They cost the network nothing before it is fine-tuned.",
             f"late loss on continuous tasks before fine-tuning, gamma {GAMMA} over gamma 1",
-            _values(cells, "scaled", lambda cell: _late(cell, "0", GAMMA) / _late(cell, "0")),
+            of_model(cells, "scaled", lambda cell: _late(cell, "0", GAMMA) / _late(cell, "0")),
             bound=1.03,
             below=True,
             note=_joined("ours", _by_gamma(cells, "scaled")),
@@ -183,7 +181,7 @@ def _of_scaling(cells: Cells) -> list[Claim]:
             "a5/control",
             "Where pretraining never covered labels so large, they bring back nothing.",
             f"share of the rise that gamma {GAMMA} takes back, the best checkpoint, after pretraining at unit scale",
-            _values(cells, "unit", lambda cell: max(recovered(cell, steps) for steps in _steps(cell)[1:])),
+            of_model(cells, "unit", lambda cell: max(recovered(cell, steps) for steps in _steps(cell)[1:])),
             bound=0.0,
             below=True,
             note=_joined("ours", _by_steps(cells, "unit", recovered, tuned=True), _by_gamma(cells, "unit")),
@@ -198,7 +196,7 @@ def _of_the_pools_lead(cells: Cells) -> list[Claim]:
             "a6/sooner",
             "A pool of tasks teaches ridge regression sooner than continuous tasks do.",
             f"steps until the loss on continuous tasks is {NEAR} of ridge's, by a pool over by those tasks",
-            _values(both, "both", lambda cell: _steps_to_ridge(cell, "pool") / _steps_to_ridge(cell, "continuous")),
+            of_model(both, "both", lambda cell: _steps_to_ridge(cell, "pool") / _steps_to_ridge(cell, "continuous")),
             bound=1.0,
             below=True,
             note=_curves(both),
@@ -207,7 +205,7 @@ def _of_the_pools_lead(cells: Cells) -> list[Claim]:
             "a6/leaves",
             "Then it leaves ridge regression for the pool.",
             "loss on continuous tasks at the end of training on a pool, over its lowest on the way",
-            _values(cells, "pool", lambda cell: _end(cell)["continuous"] / min(_curve(cell, "continuous"))),
+            of_model(cells, "pool", lambda cell: _end(cell)["continuous"] / min(_curve(cell, "continuous"))),
             bound=1.1,
         ),
     ]
@@ -285,12 +283,6 @@ def _steps_to_ridge(cell: Cell, name: str) -> int:
     return next((step for step in steps if curve[str(step)]["continuous"] <= level), steps[-1])
 
 
-def _values(cells: Cells, name: str, quantity: Quantity) -> list[float]:
-    """By seed, the quantity of one network; seeds that lack it, or in which it is not a number, are left out."""
-    found = [quantity(seed[name]) for seed in cells.values() if name in seed]
-    return [value for value in found if np.isfinite(value)]
-
-
 def _mean(cells: Cells, name: str, quantity: Callable[[Cell], Sequence[float]]) -> list[float]:
     """Several numbers of one network, each the mean over seeds; none where no seed has it."""
     found = [quantity(seed[name]) for seed in cells.values() if name in seed]
@@ -328,17 +320,3 @@ def _curves(both: Cells) -> str:
 
 def _joined(*notes: str) -> str:
     return "; ".join(filter(None, notes))
-
-
-def _claim(
-    name: str,
-    statement: str,
-    quantity: str,
-    values: Sequence[float],
-    *,
-    bound: float,
-    below: bool = False,
-    note: str = "",
-) -> Claim:
-    estimate, low, high = over_seeds(values)
-    return Claim(name, statement, SOURCE, quantity, estimate, low, high, len(values), bound, below, note)
