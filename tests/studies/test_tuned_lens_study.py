@@ -48,10 +48,12 @@ def test_a_lens_that_is_nearer_but_overreads_more_does_not_beat_the_other() -> N
 
 def test_detectors_are_held_against_the_best_baseline_and_length_is_none() -> None:
     aurocs = {"isolation_forest": 0.6, "lof": 0.8, "mahalanobis": 0.7, "srm": 0.75, "perplexity": 0.5, "length": 1.0}
+    aurocs |= {"isolation_forest_ranked": 0.9, "lof_ranked": 0.85}
     found = {"original/tuned/benign": aurocs, "gold/tuned/benign": dict.fromkeys(aurocs, 0.52)}
     claims = judged({"detected": found}, {"detected": found}, regime="injections")
-    assert claims["h/injections"].estimate == pytest.approx(0.05)
-    assert claims["h/injections"].note == "best baseline: srm"
+    assert claims["h/injections/trajectories"].estimate == pytest.approx(0.05)
+    assert claims["h/injections/trajectories"].note == "best baseline: srm"
+    assert claims["h/injections/ranked"].estimate == pytest.approx(0.15)
     assert claims["g/injections/lof"].note.endswith("0.52")
 
 

@@ -60,6 +60,8 @@ LOOKS = 24
 FURTHER_STEPS, FURTHER_RATE = 200, 1e-4
 TRAJECTORY, BASELINES = ("isolation_forest", "lof"), ("mahalanobis", "srm", "perplexity")
 """Detectors, by what they look at: what the layers believe, or hidden states and the prompt's cost."""
+RANKED = ("isolation_forest_ranked", "lof_ranked")
+"""Ours: those on trajectories, with a row's candidates put in order."""
 
 Fitter = Callable[[LanguageModel, Sequence[Record], int], Lens]
 
@@ -279,7 +281,7 @@ def _layer(card: LayerCard) -> Cell:
 def judge(regime: str, cells: Mapping[int, Mapping[str, Cell]]) -> list[Claim]:
     """The claims of one regime, from its cells by seed; claims whose cells are missing are left out."""
     if regime == BED:
-        claims = [*(_tells(cells, detector) for detector in TRAJECTORY), _beats_baselines(cells)]
+        claims = [*(_tells(cells, detector) for detector in (*TRAJECTORY, *RANKED)), *_beat_baselines(cells)]
     else:
         claims = [
             *(_lower(regime, cells, quantity) for quantity in ("kl", "bias")),
@@ -394,18 +396,24 @@ def _tells(cells: Mapping[int, Mapping[str, Cell]], detector: str) -> Claim:
     )
 
 
-def _beats_baselines(cells: Mapping[int, Mapping[str, Cell]]) -> Claim:
+def _beat_baselines(cells: Mapping[int, Mapping[str, Cell]]) -> list[Claim]:
+    """On trajectories as the paper takes them, and with candidates in order."""
     found = [seed["detected"]["original/tuned/benign"] for seed in cells.values() if "detected" in seed]
     best = [max(BASELINES, key=cell.__getitem__) for cell in found]
-    gains = [max(cell[name] for name in TRAJECTORY) - cell[other] for cell, other in zip(found, best, strict=True)]
-    return _claim(
-        f"h/{BED}",
-        "The better detector on trajectories tells them better than the best baseline on hidden states or cost.",
-        "difference of AUROCs",
-        gains,
-        bound=0.0,
-        note="best baseline: " + ", ".join(sorted(set(best))) if best else "",
-    )
+    return [
+        _claim(
+            f"h/{BED}/{name}",
+            f"The better detector on {what} tells them better than the best baseline on hidden states or cost.",
+            "difference of AUROCs",
+            [max(cell[each] for each in detectors) - cell[other] for cell, other in zip(found, best, strict=True)],
+            bound=0.0,
+            note="best baseline: " + ", ".join(sorted(set(best))) if best else "",
+        )
+        for name, what, detectors in (
+            ("trajectories", "trajectories", TRAJECTORY),
+            ("ranked", "trajectories with a row's candidates in order (ours)", RANKED),
+        )
+    ]
 
 
 def _layers(seed: Mapping[str, Cell], *lenses: str) -> list[list[dict[str, float]]]:
