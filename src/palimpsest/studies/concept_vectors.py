@@ -47,7 +47,8 @@ def judge(cells: Cells) -> list[Claim]:
 
 
 def _of_finding(cells: Cells) -> list[Claim]:
-    precision, null = (of_model(cells, "full", lambda cell, of=of: cell["found"][of]) for of in ("precision", "null"))
+    precision = of_model(cells, "full", lambda cell: float(cell["found"]["precision"]))
+    null = of_model(cells, "full", lambda cell: float(cell["found"]["null"]))
     return [
         _claim(
             "a/found",
