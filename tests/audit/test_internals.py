@@ -178,5 +178,5 @@ def test_the_verdict_reads_them_beside_the_sham(found: Audit) -> None:
     assert passed("noised", "The original's value matrices") is False
     assert passed("npo", "The original's value matrices") is True
     verdicts = {model.name: model.verdict.outcome for model in found.models if model.verdict}
-    assert verdicts["original"] == verdicts["sham"] == "remembered" and verdicts["gold"] == "inconclusive"
-    assert "erased" not in verdicts.values()
+    assert verdicts["original"] == verdicts["sham"] == "remembered" and verdicts["gold"] in ("erased", "inconclusive")
+    assert "erased" not in (verdicts["npo"], verdicts["noised"])
