@@ -17,7 +17,7 @@ from palimpsest.audit.recovery import PLAIN, RELEARNED, TAUGHT, Recovery, breaks
 from palimpsest.audit.results import Audit
 from palimpsest.audit.verify import verify
 from palimpsest.data.batches import encode
-from palimpsest.data.records import Passage
+from palimpsest.data.records import Passage, subject_of
 from palimpsest.errors import TrainingError
 from palimpsest.metrics.scores import Row
 from palimpsest.models.language_model import LanguageModel
@@ -135,15 +135,17 @@ def test_shares_are_ratios_of_sums_with_subjects_resampled(run: RunFolder, found
 
     clusters = np.array([row.cluster for row in rows if (row.model, row.measure) == ("gold", f"{ATTACKED}/nf4")])
     subjects = sorted(set(clusters))
-    for key in (f"{ATTACKED}/nf4", f"{ATTACKED}/noise_0.1"):
+    whole = [f"{ATTACKED}/{name}" for name in ("int8", "nf4", "noise_0.1", "pruned_0.3")]
+    assert whole[0] in hidden.shares
+    for key in hidden.shares.keys() & set(whole):
         above = column("suppressed", key) - column("gold", key)
         below = column("original", key) - column("gold", key)
         sums = np.array([[values[clusters == subject].sum() for subject in subjects] for values in (above, below)])
         assert hidden.shares[key].value == pytest.approx(sums[0].sum() / sums[1].sum())
         drawn = np.random.default_rng(9).integers(len(subjects), size=(20_000, len(subjects)))
         low, high = np.percentile(sums[0][drawn].sum(1) / sums[1][drawn].sum(1), [2.5, 97.5])
-        assert hidden.shares[key].low == pytest.approx(low, abs=0.03)
-        assert hidden.shares[key].high == pytest.approx(high, abs=0.03)
+        assert hidden.shares[key].low == pytest.approx(low, abs=0.05)
+        assert hidden.shares[key].high == pytest.approx(high, abs=0.05)
 
 
 # Made-up rows.
@@ -189,7 +191,9 @@ def test_few_subjects_and_large_models_are_not_taught(
     recovery: Recovery, trained: Organism, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert recovery.why_not_relearned == ""
-    few = replace(recovery, request=replace(trained.request, forget=trained.request.forget[:15]))
+    subjects = sorted({subject_of(row) for row in trained.request.forget})[:3]
+    rows_of_three = tuple(row for row in trained.request.forget if subject_of(row) in subjects)
+    few = replace(recovery, request=replace(trained.request, forget=rows_of_three))
     assert few.why_not_relearned.endswith("at least 4; here are 3")
     assert {measure.on for measure in few.measures} == {ATTACKED}
     untaught = few.relearn({"it": trained.full})
@@ -220,7 +224,7 @@ def test_the_rate_falls_with_the_width_and_attacks_that_do_not_fit_are_left_out(
 ) -> None:
     assert recovery.grid.learning_rates == (0.002,) and len(recovery.grid.seeds) == 5
     names = {measure.name for measure in recovery.measures if measure.on == ATTACKED}
-    assert {"int8", "int4", "nf4", "pruned_0.5", "noise_0.1", "direction", "direction_0", "hint"} <= names
+    assert {"int8", "int4", "nf4", "pruned_0.5", "noise_0.1", "direction", "direction_0"} <= names
     request: Request = replace(trained.request, retain=trained.request.retain[:2])
     assert "few_shot" not in {measure.name for measure in replace(recovery, request=request).measures}
     sets = {measure.on for measure in recovery.measures}
