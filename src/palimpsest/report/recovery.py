@@ -57,9 +57,9 @@ class AttackRow:
 
 def relearn_charts(audit: Audit) -> list[RelearnChart]:
     """One chart for each unlearned model that was taught."""
-    names = {model.role: model for model in audit.models if model.role in ("original", "gold")}
+    controls: dict[str, Audited] = {model.role: model for model in audit.models if model.role in ("original", "gold")}
     return [
-        _chart(model, names, point, model.recovered.relearned)
+        _chart(model, controls, point, model.recovered.relearned)
         for model in audit.models
         if model.role == "unlearned" and model.recovered and (point := model.recovered.worst_lesson)
     ]
