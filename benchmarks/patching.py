@@ -1,6 +1,6 @@
 """Where a Llama's knowledge is recovered, layer by layer: our sweep against one run with hooks after the other.
 
-python benchmarks/patching.py --json [--size tiny|small] [--runs 5] [--threads 1]
+python benchmarks/patching.py --json [--size tiny|small|short_answers] [--runs 5] [--threads 1]
 
 Two Llamas with random weights stand for the original and the unlearned model. Every layer's coefficients, attention and
 residual stream are patched one at a time, at all tokens, and every layer's value matrix is restored; the result is the
@@ -11,6 +11,7 @@ Knowledge Recovery Score of each. What is fair was settled like this:
 - Both sides read the same token ids, all of one length so that neither computes padding, with answers of one length.
 - `plain_hooks` is a second peer: the same with torch's own hooks on transformers' own model. Its ratio is what is due
   to our beginning at the patched layer and computing no logits but the answer's; the rest is TransformerLens's own.
+- `flops` is our share of the matrix products that `plain_hooks` makes, as torch's FlopCounterMode counts them.
 - `cpu` are ratios of processor time, which other load on the machine moves less. Loading is not counted.
 - `agreement` is the largest difference of a score.
 """
@@ -31,6 +32,7 @@ import torch
 import transformers
 from harness import peer_packages, report
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from palimpsest.data.batches import Encoded
@@ -64,6 +66,7 @@ class Size:
 SIZES = {
     "tiny": Size(layers=4, width=64, mlp_width=176, heads=4, vocabulary=512, rows=4, length=24, answer=4),
     "small": Size(layers=8, width=256, mlp_width=704, heads=8, vocabulary=8192, rows=10, length=60, answer=20),
+    "short_answers": Size(layers=8, width=256, mlp_width=704, heads=8, vocabulary=50304, rows=10, length=60, answer=5),
 }
 Sweep = Callable[[], Tensor]
 """Gives [layers * (sites + 1)] scores."""
@@ -88,6 +91,7 @@ def main() -> None:
             "plain_hooks": lambda: _plain_hooks(original, unlearned, rows),
         }
         wall, cpu, difference = _in_turn(sides, arguments.runs)
+        products = {name: _flops(sides[name]) for name in ("ours", "plain_hooks")}
     report(
         f"{size.layers} layers x 3 sites patched and {size.layers} value matrices restored in a Llama of width "
         f"{size.width}, {size.rows} rows of {size.length} tokens",
@@ -96,6 +100,7 @@ def main() -> None:
         wall["transformer_lens"],
         difference,
         plain_hooks=_ratio(wall, "plain_hooks"),
+        flops=products["ours"] / products["plain_hooks"],
         cpu={name: _ratio(cpu, name) for name in ("transformer_lens", "plain_hooks")},
     )
 
@@ -232,6 +237,13 @@ def _in_turn(sides: dict[str, Sweep], runs: int) -> tuple[dict[str, list[float]]
             cpu[name].append(now.user + now.system - worked.user - worked.system)
         difference = max(difference, *(float((scores[name] - scores["ours"]).abs().max()) for name in sides))
     return wall, cpu, difference
+
+
+def _flops(sweep: Sweep) -> int:
+    """Of a sweep's matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        sweep()
+    return counter.get_total_flops()
 
 
 def _ratio(seconds: dict[str, list[float]], peer: str) -> dict[str, float]:

@@ -160,7 +160,7 @@ def small(trained: Organism, monkeypatch: pytest.MonkeyPatch) -> None:
     methods = (GradientDifference(learning_rate=1e-3), NPO(learning_rate=1e-3), RMU(learning_rate=3e-3))
     for module in (study, unlearned_models):
         monkeypatch.setattr(module, "METHODS", methods)
-    monkeypatch.setattr(unlearned_models, "STEPS", 100)
+    monkeypatch.setattr(unlearned_models, "STEPS", 60)
     monkeypatch.setattr(unlearned_models, "SHAM_STEPS", 20)
     monkeypatch.setattr(unlearned_models, "RELEARNING_STEPS", 5)
 
@@ -177,7 +177,7 @@ def test_a_study_from_end_to_end_measures_nothing_twice(
     full, gold, sham, npo, rmu, needle = (cells[name] for name in ("full", "gold", "sham", "npo", "rmu", "needle"))
     assert full["depth"]["score"] == 0 and gold["depth"]["score"] == 1 and sham["depth"]["score"] < 0.2
     assert full["kl_unseen"] == 0 and full["recovered"]["coefficients"]["krs"] is None
-    assert rmu["reached"] and rmu["steps"] < 100
+    assert rmu["reached"] and rmu["steps"] < 60
     for unlearned in (npo, rmu):
         assert unlearned["reached"] == (unlearned["forget"] <= gold["forget"] + 1e-6)
     assert npo["recovered"]["coefficients"]["krs"] > npo["recovered"]["value"]["krs"]

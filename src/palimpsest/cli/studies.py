@@ -104,6 +104,22 @@ def concept_vectors(
     _tell(run(Plan(range(first_seed, first_seed + seeds), out / "concept_vectors", cell or CELLS)), as_json)
 
 
+@studies.command("recovery")
+def recovery(
+    seeds: Seeds = 5,
+    first_seed: FirstSeed = 0,
+    cell: Annotated[list[str] | None, typer.Option(help="Measure only these models, e.g. sham, npo.")] = None,
+    out: Out = Path("runs/studies"),
+    as_json: Json = False,
+) -> None:
+    """Can someone get it back: by relearning, rounding, other prompts, projections; and what tells beforehand?"""
+    with console.status("loading torch and transformers"):
+        from palimpsest.studies.recovery import Plan, run
+        from palimpsest.studies.unlearned_models import CELLS
+    _refuse_unknown("cell", cell, CELLS)
+    _tell(run(Plan(range(first_seed, first_seed + seeds), out / "recovery", cell or CELLS)), as_json)
+
+
 @studies.command("task_forgetting")
 def task_forgetting(
     seeds: Seeds = 5,
@@ -127,6 +143,31 @@ def task_forgetting(
     claims = run(setting, span, folder)
     _tell(claims, as_json)
     console.print(f"matrices: {folder / 'matrix.html'}", highlight=False)
+
+
+@studies.command("implicit_inference")
+def implicit_inference(
+    seeds: Seeds = 3,
+    first_seed: FirstSeed = 0,
+    setting: Annotated[
+        str, typer.Option(help="demo takes minutes on one core; paper is the paper's size, for a GPU.")
+    ] = ("demo"),
+    cell: Annotated[list[str] | None, typer.Option(help="Measure only these networks, e.g. scaled, unit.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU when there is one.")] = None,
+    out: Out = Path("runs/studies"),
+    as_json: Json = False,
+) -> None:
+    """Is forgetting by fine-tuning a shift in which task is inferred, and do scaled prompts undo it?"""
+    with console.status("loading torch and transformers"):
+        import torch
+
+        from palimpsest.studies.implicit_inference import Plan, run
+        from palimpsest.studies.implicit_inference_cells import CELLS, SETTINGS
+    _refuse_unknown("setting", [setting], list(SETTINGS))
+    _refuse_unknown("cell", cell, CELLS)
+    _refuse_unknown("device", [device] if device else None, ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+    span, folder = range(first_seed, first_seed + seeds), out / "implicit_inference" / setting
+    _tell(run(Plan(span, folder, SETTINGS[setting], cell or CELLS, device)), as_json)
 
 
 def _refuse_unknown(option: str, given: Sequence[str] | None, known: Sequence[str]) -> None:

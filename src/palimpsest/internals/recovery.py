@@ -15,7 +15,6 @@ from torch import Tensor
 from palimpsest.data.batches import Encoded, batches
 from palimpsest.internals.patching import MEMORY, Plan, Positions, patched_predictions, refuse_unlike
 from palimpsest.internals.recording import Recording, residual_stream
-from palimpsest.metrics.divergence import token_kl
 from palimpsest.models.anatomy import Site
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.scoring import Predictions
@@ -182,23 +181,48 @@ def recoveries(
     for batch in batches(rows, batch_size=batch_size):
         goal = Recording.of(original, batch, sites)
         start = Recording.of(unlearned, batch, residual_stream(unlearned.anatomy))
-        own = list(batch.rows)
-        before[:, own] = _losses(start.predictions, goal.predictions, len(own))
+        own, target = list(batch.rows), _Goal.of(goal.predictions, unlearned.device)
+        before[:, own] = target.losses(start.predictions, len(own))
         for place, predictions in change(goal, start):
-            after[place, :, own] = _losses(predictions, goal.predictions, len(own))
+            after[place, :, own] = target.losses(predictions, len(own))
             done += 1
             if report:
                 report(done, in_all, f"row {own[-1] + 1}")
     return [Recovery(*map(Recovered, before, losses)) for losses in after]
 
 
-def _losses(predictions: Predictions, goal: Predictions, n_rows: int) -> Tensor:
-    """[3, B] the rows' distances from the goal: squares of logits, KL, missing log-probability; fp32 on the CPU."""
-    logits, target = predictions.logits, goal.logits.to(predictions.logits.device)
-    by_token = (
-        (logits - target).square().mean(-1),
-        token_kl(target.log_softmax(-1), logits),
-        goal.logprobs().to(logits.device) - predictions.logprobs(),
-    )
-    mse, kl, missing = (predictions.mean_by_row(values, n_rows) for values in by_token)
-    return torch.stack([mse, kl.clamp(min=0), missing]).cpu()
+@dataclass(frozen=True, eq=False)
+class _Goal:
+    """What the original predicts at N answer tokens, in the forms that every change is compared with."""
+
+    logits: Tensor
+    logprobs: Tensor
+    probabilities: Tensor
+    possible: Tensor
+    """[N, V] where the probability is not 0; what is ruled out contributes nothing to a KL."""
+    said: Tensor
+    """[N] log-probability of the answer's token."""
+
+    @staticmethod
+    def of(predictions: Predictions, device: torch.device) -> "_Goal":
+        logits = predictions.logits.to(device)
+        logprobs = logits.log_softmax(-1)
+        said = _of_targets(logprobs, predictions.targets.to(device))
+        return _Goal(logits, logprobs, logprobs.exp(), logprobs > -torch.inf, said)
+
+    def losses(self, predictions: Predictions, n_rows: int) -> Tensor:
+        """[3, B] the rows' distances: squares of logits, KL, missing log-probability; fp32 on the CPU."""
+        logprobs = predictions.logits.log_softmax(-1)
+        terms = (self.probabilities * (self.logprobs - logprobs)).where(self.possible, 0.0)
+        by_token = (
+            (predictions.logits - self.logits).square().mean(-1),
+            terms.sum(-1),
+            self.said - _of_targets(logprobs, predictions.targets),
+        )
+        mse, kl, missing = (predictions.mean_by_row(values, n_rows) for values in by_token)
+        return torch.stack([mse, kl.clamp(min=0), missing]).cpu()
+
+
+def _of_targets(logprobs: Tensor, targets: Tensor) -> Tensor:
+    """[N] of [N, V] at the targets [N]."""
+    return logprobs.gather(-1, targets[:, None])[:, 0]

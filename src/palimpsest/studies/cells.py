@@ -36,7 +36,7 @@ def over_models(cells: Cells, names: Sequence[str], quantity: Quantity) -> list[
 
 
 def of_model(cells: Cells, name: str, quantity: Quantity) -> list[float]:
-    """The quantity of one model, seed by seed."""
+    """The quantity of one model, seed by seed; seeds that lack it, or in which it is not a number, are left out."""
     return [values[name] for values in over_models(cells, [name], quantity)]
 
 
