@@ -97,7 +97,11 @@ def _relearned(chart: recovery.RelearnChart) -> list[list[str]]:
     lines = []
     for point in chart.report.points:
         share = point.residual
-        ends = f" ({text.number(share.low)} to {text.number(share.high)})" if share and share.low is not None else ""
+        ends = (
+            f" ({text.number(share.low)} to {text.number(share.high)})"
+            if share and share.low is not None and share.high is not None
+            else ""
+        )
         told = f"{text.number(share.value)}{ends}" if share else "–"
         values = (point.ceiling, point.floor, point.artefact)
         lines.append([escape(chart.model.name), str(point.budget), *map(text.number, values), told])
