@@ -16,13 +16,19 @@ from palimpsest.audit.verify import verify
 from palimpsest.data.records import Passage
 from palimpsest.internals.depth import fact_rows, logprob_drops, unlearning_depth
 from palimpsest.internals.patching import SETTINGS
-from palimpsest.internals.recovery import patching_recovery
+from palimpsest.internals.recovery import Recovered, patching_recovery
 from palimpsest.internals.restoration import IN_BLOCKS, Restoration, restoration_recovery
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.organism import train_sham
 from palimpsest.unlearn.npo import NPO
 from palimpsest.unlearn.request import Request
 from palimpsest.unlearn.stopping import Stop
+
+
+def counted(recovered: Recovered) -> list[float]:
+    """Of the rows that lost something that could come back."""
+    values: list[float] = recovered.weighted_by_row[recovered.counted].tolist()
+    return values
 
 
 @pytest.fixture(scope="module")
@@ -69,16 +75,16 @@ def test_values_are_those_of_direct_calls(
     patched = patching_recovery(full, model, rows, [*settings, *(frozenset([site]) for site in sites)])
     for name, recovery in zip(SETTINGS, patched, strict=False):
         key = f"{RECOVERY}/patch_{name.replace(' ', '_')}"
-        assert found[f"{key}_lpr"] == pytest.approx(recovery.logprob.weighted_by_row.tolist(), abs=1e-4)
-        assert found[f"{key}_krs"] == pytest.approx(recovery.kl.weighted_by_row.tolist(), abs=1e-4)
-        assert sum(found[f"{key}_lpr"]) / len(rows) == pytest.approx(recovery.lpr, abs=1e-4)
+        assert found[f"{key}_lpr"] == pytest.approx(counted(recovery.logprob), abs=1e-4)
+        assert found[f"{key}_krs"] == pytest.approx(counted(recovery.kl), abs=1e-4)
+        assert sum(found[f"{key}_lpr"]) / len(found[f"{key}_lpr"]) == pytest.approx(recovery.lpr, abs=1e-4)
     for site, recovery in zip(sites, patched[len(settings) :], strict=True):
         key = f"{RECOVERY_BY_LAYER}/{site.kind}_{site.layer}"
-        assert found[key] == pytest.approx(recovery.logprob.weighted_by_row.tolist(), abs=1e-4)
+        assert found[key] == pytest.approx(counted(recovery.logprob), abs=1e-4)
     groups = [Restoration(frozenset([group]), (0, 1)) for group in IN_BLOCKS]
     for group, recovery in zip(IN_BLOCKS, restoration_recovery(full, model, rows, groups), strict=True):
         key = f"{RECOVERY}/restore_{group}_lpr"
-        assert found[key] == pytest.approx(recovery.logprob.weighted_by_row.tolist(), abs=1e-4)
+        assert found[key] == pytest.approx(counted(recovery.logprob), abs=1e-4)
     assert set(found) == {measure.key for measure in internals.measures}
 
 
@@ -178,5 +184,5 @@ def test_the_verdict_reads_them_beside_the_sham(found: Audit) -> None:
     assert passed("noised", "The original's value matrices") is False
     assert passed("npo", "The original's value matrices") is True
     verdicts = {model.name: model.verdict.outcome for model in found.models if model.verdict}
-    assert verdicts["original"] == verdicts["sham"] == "remembered" and verdicts["gold"] == "inconclusive"
-    assert "erased" not in verdicts.values()
+    assert verdicts["original"] == verdicts["sham"] == "remembered" and verdicts["gold"] in ("erased", "inconclusive")
+    assert "erased" not in (verdicts["npo"], verdicts["noised"])

@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palimpsest.audit.results import Finding, Verdict
+from palimpsest.audit.results import Finding, Recovered, Verdict
 from palimpsest.audit.verdict import KEPT, MARGIN, OVERSHOOT, RUINED, Evidence, judge, margin
 from palimpsest.metrics.collapse import Collapse, collapse
 from palimpsest.metrics.scores import Equivalence, Score
 from palimpsest.metrics.statistics import clustered_mean, equivalence
+from palimpsest.relearning.judgement import ProbeRow, RelearnSettings
+from palimpsest.relearning.judgement import judge as judge_relearning
 
 HEALTHY = collapse(["one", "two", "three", "four", "five"], [0.1] * 5)
 COLLAPSED = collapse(["same"] * 5, [0.1] * 5)
@@ -285,6 +287,92 @@ def test_all_that_there_is_gives_no_erasure_while_recovery_is_untried() -> None:
     assert [item.statement for item in verdict.findings if not item.passed] == [
         "Recovery (can it be brought back?) was not tried."
     ]
+
+
+# What attacks and lessons bring back.
+
+
+def lesson(back: float, spread: float = 0.0, seeds: int = 5):
+    """A report of relearning in which so large a share is back after 10 steps."""
+    settings = RelearnSettings(budgets=(0, 10), seeds=tuple(range(seeds)), metric="said", want="stay_gone")
+    values = {"artefact": back, "floor": 0.0, "ceiling": 1.0}
+    rows = [
+        ProbeRow(who, seed, budget, {"said": value + (spread * (seed - 2) if who == "artefact" else 0)})
+        for who, value in values.items()
+        for seed in settings.seeds
+        for budget in settings.budgets
+    ]
+    return replace(judge_relearning(settings, rows), rows=())
+
+
+def with_recovery(model: Evidence, attack: float | None = 0.0, back: object = None, reach: float = 0.04) -> Evidence:
+    """The same evidence, and what the worst of two attacks and a lesson bring back; None was not measured."""
+    shares = {} if attack is None else {"forget_attacked/int4": attack, "forget_attacked/direction_1": -0.2}
+    scores = {key: Score(value, value - reach, value + reach, 60, 12) for key, value in shares.items()}
+    taught = {} if back is None else {"related_0.001": back}
+    return replace(model, recovered=Recovered(scores, taught, "" if taught else "too few"))
+
+
+INSIDE = with_depth(with_layers(evidence(), 0.21), 0.99)
+
+
+@pytest.mark.parametrize(
+    ("model", "outcome", "where", "says"),
+    [
+        (with_recovery(INSIDE, 0.01, lesson(0.02)), "erased", "", "nothing that was tried brings them back"),
+        (with_recovery(INSIDE, 0.3, lesson(0.02)), "suppressed", "under attack (int4)", "an attack brings back"),
+        (with_recovery(INSIDE, 0.01, lesson(0.4)), "suppressed", "after relearning", "it says the rest again"),
+        (with_recovery(INSIDE, 0.3, lesson(0.4)), "suppressed", "under attack (int4)", "an attack brings back"),
+        (with_recovery(INSIDE, 0.09, lesson(0.02)), "inconclusive", "", "is not decided"),
+        (with_recovery(INSIDE, 0.3, lesson(0.02), reach=0.5), "inconclusive", "", "is not decided"),
+        (with_recovery(INSIDE, 0.01, lesson(0.1, 0.05)), "inconclusive", "", "is not decided"),
+        (with_recovery(INSIDE, 0.01, lesson(0.02, seeds=4)), "inconclusive", "", "is not decided"),
+        (with_recovery(INSIDE, 0.01), "inconclusive", "", "is not decided"),
+        (with_recovery(INSIDE, None, lesson(0.02)), "inconclusive", "", "is not decided"),
+        (with_recovery(evidence(), 0.01, lesson(0.02)), "inconclusive", "", "inside was not examined"),
+        (with_recovery(with_layers(evidence(), 0.21), 0.01, lesson(0.02)), "inconclusive", "", "proves no erasure"),
+        (with_recovery(with_layers(evidence(), 0.6), 0.3, lesson(0.4)), "suppressed", "in its layers", "its layers"),
+        (with_recovery(evidence(forget__nll=9.0), 0.3, lesson(0.02)), "suppressed", "under attack (int4)", "attack"),
+        (with_recovery(evidence(forget__nll=9.0), 0.01, lesson(0.02)), "scrambled", "", "a trace of their own"),
+        (with_recovery(evidence(forget__answer_probability=0.6), 0.9, lesson(0.9)), "remembered", "", "more readily"),
+        (with_recovery(evidence(collapsed=COLLAPSED), 0.9, lesson(0.9)), "broken", "", "proves nothing"),
+        (with_recovery(with_restored(INSIDE, 0.98), 0.01, lesson(0.02)), "scrambled", "", "value matrices alone"),
+        (with_recovery(with_restored(INSIDE, 0.58), 0.01, lesson(0.02)), "inconclusive", "", "does not decide"),
+        (with_recovery(replace(INSIDE, sham=None), 0.01, lesson(0.02)), "inconclusive", "", "does not decide"),
+    ],
+)
+def test_what_comes_back_is_suppressed_and_what_stays_gone_is_erased_with_all_other_evidence(
+    model: Evidence, outcome: str, where: str, says: str
+) -> None:
+    verdict = judge(model)
+    assert (verdict.outcome, verdict.where) == (outcome, where) and says in verdict.summary
+    assert not [item for item in verdict.findings if item.statement.startswith("Recovery")]
+
+
+def test_the_findings_of_recovery_name_attack_lesson_and_numbers() -> None:
+    model = with_recovery(INSIDE, 0.3, lesson(0.4))
+    key = "forget_attacked/int4"
+    assert model.gold is not None
+    ends = {"scores": (model.scores, 0.34), "original": (model.original, 0.9), "gold": (model.gold, 0.1)}
+    model = replace(model, **{name: {**of, **scores({key: value})} for name, (of, value) in ends.items()})
+    verdict = judge(model)
+    assert finding(verdict, "Of 2 attacks").statement == (
+        "Of 2 attacks, int4 brings back most surely: answer probability 0.340 beside gold's 0.100 and the original's "
+        "0.900 under the same, 0.30 [0.26, 0.34] of the way; above the margin of 0.1."
+    )
+    assert finding(verdict, "Relearning (related, rate 0.001): after ").passed is False
+    untried = judge(with_recovery(INSIDE, None))
+    assert finding(untried, "Relearning was not tried: too few.").passed is None
+    assert finding(untried, "Under no attack").passed is None
+
+
+def test_one_subject_tells_nothing_of_attacks() -> None:
+    model = with_recovery(INSIDE, 0.3, lesson(0.02))
+    assert model.recovered
+    alone = {key: replace(share, clusters=1) for key, share in model.recovered.shares.items()}
+    verdict = judge(replace(model, recovered=replace(model.recovered, shares=alone)))
+    assert verdict.outcome == "inconclusive"
+    assert finding(verdict, "Of 2 attacks").statement.endswith("one subject alone allows no test.")
 
 
 @pytest.mark.parametrize("ruined", [{"retain_unseen__answer_probability": 0.3}, {"collapsed": COLLAPSED}])

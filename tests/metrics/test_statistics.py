@@ -11,6 +11,7 @@ from scipy import stats
 from palimpsest.errors import DataError
 from palimpsest.metrics.statistics import (
     clustered_mean,
+    clustered_ratio,
     clustered_standard_error,
     equivalence,
     ks_forget_quality,
@@ -31,6 +32,29 @@ def test_mean_is_over_items_and_counts_both() -> None:
     assert (score.n, score.clusters) == (4, 2)
     # Two subjects can be drawn in three ways: a a (mean 2), a b (4), b b (10).
     assert (score.low, score.high) == (2.0, 10.0)
+
+
+def test_a_ratio_is_of_sums_and_its_interval_that_of_an_independent_bootstrap() -> None:
+    draws = np.random.default_rng(4)
+    of, clusters = clustered(draws, 25, 6, mean=4.0)
+    values = 0.3 * of + draws.normal(size=len(of))
+    score = clustered_ratio(values, of, clusters, seed=1, resamples=4000)
+    assert score.value == pytest.approx(values.sum() / of.sum()) and (score.n, score.clusters) == (150, 25)
+    above, below = values.reshape(25, 6), of.reshape(25, 6)
+    drawn = [draws.integers(25, size=25) for _ in range(20_000)]
+    ratios = [above[places].sum() / below[places].sum() for places in drawn]
+    assert (score.low, score.high) == pytest.approx(np.percentile(ratios, [2.5, 97.5]), abs=0.01)
+    same = clustered_ratio(of, of, clusters, seed=1)
+    assert (same.value, same.low, same.high) == pytest.approx((1, 1, 1))
+
+
+def test_two_subjects_give_three_ratios_and_a_denominator_below_0_none() -> None:
+    score = clustered_ratio([1, 1, 9], [2, 2, 10], ["a", "a", "b"], seed=0)
+    assert (score.value, score.low, score.high) == pytest.approx((11 / 14, 0.5, 0.9))
+    alone = clustered_ratio([1.0, 2.0], [4.0, 4.0], ["a", "a"], seed=0)
+    assert (alone.low, alone.high, alone.clusters) == (0.375, 0.375, 1)
+    with pytest.raises(DataError, match="a share of -1, which is not above 0"):
+        clustered_ratio([1.0], [-1.0], ["a"], seed=0)
 
 
 def test_interval_is_that_of_an_independent_bootstrap_with_more_resamples() -> None:

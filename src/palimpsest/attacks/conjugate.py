@@ -26,7 +26,7 @@ from palimpsest.data.records import QA, subject_of
 from palimpsest.errors import DataError
 from palimpsest.metrics.likelihood import answer_probability
 from palimpsest.metrics.scores import Score
-from palimpsest.metrics.statistics import clustered_mean
+from palimpsest.metrics.statistics import clustered_mean, clustered_ratio
 from palimpsest.models.language_model import LanguageModel
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -173,7 +173,9 @@ def judge(scores: TwoByTwo, *, seed: int = 0) -> Conjugation:
     drop, seen = mean(dropped), len(set(scores.clusters)) > 1
 
     def share(values: Floats) -> Score | None:
-        return _share(values, dropped, scores.clusters, seed) if seen and drop.low > 0 else None
+        if not seen or drop.low <= 0:
+            return None
+        return clustered_ratio(values, dropped, scores.clusters, seed=seed, resamples=RESAMPLES)
 
     dropped_encoded = scores.original_encoded - scores.unlearned_encoded
     spent = scores.original_plain - scores.original_encoded
@@ -220,21 +222,6 @@ def _verdict(
     if min(net.low, differences.low) > 0 and min(net.value, differences.value) >= NOTHING:
         return "suppressed", found + ("" if control else "; no gold model was asked")
     return "inconclusive", f"neither nothing nor surely something comes back: {found}"
-
-
-def _share(values: Floats, of: Floats, clusters: Sequence[str], seed: int) -> Score:
-    """sum(values) / sum(of) with the percentile interval of both resampled together, subject by subject.
-
-    `of` is surely above 0, so the few samples in which it is not are left out.
-    """
-    _, cluster = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
-    totals = np.stack([np.bincount(cluster, weights=each) for each in (values, of)])
-    n_clusters, rng = totals.shape[1], np.random.default_rng(seed)
-    # A hundred samples at a time, so that many subjects need little memory.
-    drawn = (rng.integers(n_clusters, size=(100, n_clusters)) for _ in range(RESAMPLES // 100))
-    above, below = np.concatenate([totals[:, places].sum(-1) for places in drawn], axis=1)
-    low, high = np.percentile(above[below > 0] / below[below > 0], [2.5, 97.5])
-    return Score(float(values.sum() / of.sum()), float(low), float(high), len(values), n_clusters)
 
 
 def _scores(cell: str, values: ArrayLike, n: int) -> Floats:

@@ -19,7 +19,7 @@ from palimpsest.attacks.attack import Attack
 from palimpsest.data.batches import Encoded, batches
 from palimpsest.internals.patching import refuse_unlike
 from palimpsest.models.anatomy import Site
-from palimpsest.models.hooks import _hooked, capture
+from palimpsest.models.hooks import acting_on, capture
 from palimpsest.models.language_model import LanguageModel
 
 
@@ -88,7 +88,7 @@ def ablated(model: LanguageModel, directions: Mapping[Site, Tensor]) -> Iterator
 
         return project
 
-    with _hooked(model.anatomy, {site: without(direction) for site, direction in directions.items()}):
+    with acting_on(model.anatomy, {site: without(direction) for site, direction in directions.items()}):
         yield model
 
 

@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from palimpsest.attacks.attack import ATTACKED
 from palimpsest.audit.battery import Battery, Reading
 from palimpsest.audit.environment import environment
 from palimpsest.audit.evidence import RunFolder
 from palimpsest.audit.internals import RECOVERY, Internals
 from palimpsest.audit.layers import Layers, Lenses
-from palimpsest.audit.results import Audit, Audited, Example, Role, TracePoint
+from palimpsest.audit.recovery import RELEARNED, TAUGHT, Recovery, Relearned, shares, why_no_recovery
+from palimpsest.audit.results import Audit, Audited, Example, Recovered, Role, TracePoint
 from palimpsest.audit.verdict import Evidence, judge, margin
 from palimpsest.data.records import QA, Choice, Passage, Text
 from palimpsest.errors import ModelError, SpecError
@@ -27,6 +29,10 @@ EXAMPLES_PER_SET = 400
 """The most facts of a set that the report lists; the scores are over all of them."""
 EXCERPT = 300
 """Characters of a passage that the report shows."""
+NOT_COMPARED = (RECOVERY, ATTACKED, RELEARNED, TAUGHT)
+"""What is read between gold and the original, or beside sham, and is not tested for equality with gold."""
+UNTAUGHT: dict[str, str] = {"broken": "it is broken", "remembered": "it still says what it should have forgotten"}
+"""By the outcome without it, why teaching the model would tell nothing."""
 
 
 @dataclass(frozen=True)
@@ -72,20 +78,28 @@ def audit(
     """
     controls = controls_among(candidates)
     original, gold = controls["original"].model, controls["gold"].model if "gold" in controls else None
+    seed = int(spec.get("seed", 0))
     layers = Layers(lenses, request, original, gold) if lenses else None
-    battery = Battery(request, original, gold, max_new_tokens, tofu, layers, Internals(request, original, gold))
+    internals = Internals(request, original, gold)
+    recovery = Recovery(request, original, gold, seed) if gold and not why_no_recovery(request, gold) else None
+    battery = Battery(request, original, gold, max_new_tokens, tofu, layers, internals, recovery)
     readings = _read_all(battery, candidates)
+    relearned = None
+    if recovery:
+        relearned = _relearn(recovery, candidates, _audited(candidates, controls, readings, None, seed=seed))
+        more = relearned.rows(gold=controls["gold"].name, original=controls["original"].name)
+        readings = {name: reading.with_rows(more.get(name, ())) for name, reading in readings.items()}
     # Before anything is computed from them: what is not a finite number is refused here, by model and item.
     run.write_scores([row for reading in readings.values() for row in reading.rows])
     found = Audit(
         title=title,
-        models=_audited(candidates, controls, readings, seed=int(spec.get("seed", 0))),
+        models=_audited(candidates, controls, readings, relearned, seed=seed),
         measures=battery.measures,
         examples=tuple(_examples(battery, readings)),
         request=request.summary(),
         spec=dict(spec),
         environment=environment(),
-        notes=tuple(_notes(controls, candidates, request)),
+        notes=tuple(_notes(controls, candidates, request, recovery)),
     )
     run.write_audit(found)
     return found
@@ -133,10 +147,27 @@ def _read_all(battery: Battery, candidates: Sequence[Candidate]) -> dict[str, Re
     return readings
 
 
+def _relearn(recovery: Recovery, candidates: Sequence[Candidate], so_far: Sequence[Audited]) -> Relearned:
+    """Teach the models in which something may be hidden: not those that still say it, nor those that say nothing."""
+    outcomes = {model.name: model.verdict.outcome for model in so_far if model.verdict}
+    unlearned = [candidate for candidate in candidates if candidate.role == "unlearned"]
+    untaught = {each.name: UNTAUGHT[outcomes[each.name]] for each in unlearned if outcomes[each.name] in UNTAUGHT}
+    models = {candidate.name: candidate.model for candidate in unlearned if candidate.name not in untaught}
+    with progress() as display:
+        task = display.add_task("relearning", total=None, note="")
+
+        def report(done: int, of: int, note: str) -> None:
+            display.update(task, completed=done, total=of, note=note)
+
+        found = recovery.relearn(models, report=report)
+    return replace(found, failed={**found.failed, **untaught})
+
+
 def _audited(
     candidates: Sequence[Candidate],
     controls: Mapping[Role, Candidate],
     readings: Mapping[str, Reading],
+    relearned: Relearned | None,
     *,
     seed: int,
 ) -> tuple[Audited, ...]:
@@ -149,6 +180,10 @@ def _audited(
     for candidate in candidates:
         name = candidate.name
         compared = _against_gold(readings[name].rows, readings[gold].rows, margins) if gold and name != gold else {}
+        recovered = None
+        if relearned and gold and candidate.role != "original":
+            items = [_by_measure(readings[each].rows) for each in (name, gold, controls["original"].name)]
+            recovered = Recovered(shares(*items, seed=seed), *relearned.of(name, candidate.role))
         evidence = Evidence(
             scores=scores[name],
             original=original,
@@ -156,6 +191,7 @@ def _audited(
             sham=of_control.get("sham"),
             against_gold=compared,
             collapse=_collapse(readings[name], readings[controls["original"].name]),
+            recovered=recovered,
         )
         audited.append(
             Audited(
@@ -166,6 +202,7 @@ def _audited(
                 scores=scores[name],
                 against_gold=compared,
                 verdict=judge(evidence),
+                recovered=recovered,
                 **_path(candidate.update),
             )
         )
@@ -198,9 +235,10 @@ def _against_gold(
 def _to_compare(key: str) -> bool:
     """Only the forget side is compared with gold: elsewhere the original is what a model should be like.
 
-    Nor is what parts of the original bring back: gold reads them in another basis.
+    Nor is what parts of the original bring back, since gold reads them in another basis, and what attacks and lessons
+    do, which is read as a share of what they do to the original.
     """
-    return key.startswith("forget") and not key.endswith("kl_from_gold") and not key.startswith(RECOVERY)
+    return key.startswith("forget") and not key.endswith("kl_from_gold") and not key.startswith(NOT_COMPARED)
 
 
 def _by_measure(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -263,8 +301,15 @@ def _truth(record: Text | Choice) -> str:
             return record.text if len(record.text) <= EXCERPT else f"{record.text[:EXCERPT]}…"
 
 
-def _notes(controls: Mapping[Role, Candidate], candidates: Sequence[Candidate], request: Request) -> list[str]:
-    notes = ["Recovery was not tried: whether the knowledge can be brought back is not known here."]
+def _notes(
+    controls: Mapping[Role, Candidate], candidates: Sequence[Candidate], request: Request, recovery: Recovery | None
+) -> list[str]:
+    notes = []
+    if recovery is None:
+        gold = controls["gold"].model if "gold" in controls else None
+        notes.append(f"Recovery was not tried: {why_no_recovery(request, gold)}.")
+    elif why_not := recovery.why_not_relearned:
+        notes.append(f"Relearning was not tried: {why_not}.")
     if "gold" not in controls:
         notes.append(
             "No gold: uncalibrated. Nobody can say how a model that never read the forget set would score here, nor "

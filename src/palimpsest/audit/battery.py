@@ -1,7 +1,7 @@
 """Every score of one model, item by item: the rows from which the audit's numbers are made."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import Tensor, tensor
@@ -9,6 +9,7 @@ from torch import Tensor, tensor
 from palimpsest.audit.internals import Internals
 from palimpsest.audit.layers import Layers
 from palimpsest.audit.measures import TOFU_SETS, measures
+from palimpsest.audit.recovery import Recovery
 from palimpsest.data.records import QA, Choice, Record, Text, subject_of
 from palimpsest.metrics.divergence import kl_per_item
 from palimpsest.metrics.entity import entity_scores
@@ -39,6 +40,10 @@ class Reading:
     nll: dict[str, list[float]]
     """Answer NLLs by set, nats/token, in the set's order."""
 
+    def with_rows(self, more: Sequence[Row]) -> "Reading":
+        """The same with further rows."""
+        return replace(self, rows=(*self.rows, *more))
+
 
 @dataclass(frozen=True)
 class Battery:
@@ -54,6 +59,8 @@ class Battery:
     """How the layers are read, where that is wanted."""
     internals: Internals | None = None
     """What is patched, where that is wanted."""
+    recovery: Recovery | None = None
+    """How the models are attacked, where that is wanted."""
 
     @property
     def sets(self) -> dict[str, tuple[Text, ...]]:
@@ -70,7 +77,7 @@ class Battery:
     @property
     def measures(self) -> tuple[Measure, ...]:
         """What is measured."""
-        return (*self._of_behaviour, *(measure for inside in self._inside for measure in inside.measures))
+        return (*self._of_behaviour, *(measure for beyond in self._beyond for measure in beyond.measures))
 
     @property
     def _of_behaviour(self) -> tuple[Measure, ...]:
@@ -85,13 +92,14 @@ class Battery:
         )
 
     @property
-    def _inside(self) -> list[Layers | Internals]:
-        return [inside for inside in (self.layers, self.internals) if inside]
+    def _beyond(self) -> list[Layers | Internals | Recovery]:
+        """What is measured beyond behaviour."""
+        return [beyond for beyond in (self.layers, self.internals, self.recovery) if beyond]
 
     @property
     def steps(self) -> int:
         """How many steps `read` reports to its `tick`."""
-        return 2 * len(self.sets) + len(self.choices) + len(self._tofu_sets) + 1 + len(self._inside)
+        return 2 * len(self.sets) + len(self.choices) + len(self._tofu_sets) + 1 + len(self._beyond)
 
     def read(self, name: str, model: LanguageModel, tick: Callable[[], None]) -> Reading:
         """Measure everything on one model; `tick` is called after each part."""
@@ -132,8 +140,8 @@ class Battery:
         tick()
         values |= self._utility(model, tick)
         rows = [row for each in self._of_behaviour for row in self._rows(name, each, values[each.key].tolist())]
-        for inside in self._inside:
-            rows += inside.rows(name, model)
+        for beyond in self._beyond:
+            rows += beyond.rows(name, model)
             tick()
         return Reading(
             tuple(rows),

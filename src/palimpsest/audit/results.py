@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from palimpsest.metrics.scores import Equivalence, Measure, Score
+from palimpsest.relearning.judgement import Estimate, Point, RelearnReport, RelearnSettings, worst_case
 
 Role = Literal["original", "gold", "sham", "unlearned"]
 Outcome = Literal["erased", "suppressed", "scrambled", "broken", "remembered", "inconclusive"]
@@ -43,6 +44,29 @@ class TracePoint:
 
 
 @dataclass(frozen=True)
+class Recovered:
+    """What can be brought back of one model, between gold and the original."""
+
+    shares: dict[str, Score]
+    """By an attack's `Measure.key`: the share of the way from gold to original, all attacked alike. Attacks that tell
+    nothing have none."""
+    relearned: dict[str, RelearnReport]
+    """By point of the grid, such as `related_0.001`; their rows stand among the scores."""
+    not_relearned: str = ""
+    """Why there is no report; empty where there are some."""
+
+    @property
+    def worst_attack(self) -> str | None:
+        """The key of the attack that most surely brings something back; None where none tells anything."""
+        return max(self.shares, key=lambda key: self.shares[key].low, default=None)
+
+    @property
+    def worst_lesson(self) -> str | None:
+        """The point of the grid that decides; None without any."""
+        return worst_case(self.relearned) if self.relearned else None
+
+
+@dataclass(frozen=True)
 class Audited:
     """One model under audit, control or unlearned."""
 
@@ -63,6 +87,8 @@ class Audited:
     """How long unlearning took, wall-clock."""
     stopped: str = ""
     """Why unlearning stopped."""
+    recovered: Recovered | None = None
+    """None for the original, in which nothing was forgotten, and where nothing was tried."""
 
 
 @dataclass(frozen=True)
@@ -132,5 +158,35 @@ def _audited(data: dict[str, Any]) -> Audited:
             "verdict": verdict
             and Verdict(**{**verdict, "findings": tuple(Finding(**finding) for finding in verdict["findings"])}),
             "trace": tuple(TracePoint(**point) for point in data["trace"]),
+            "recovered": (recovered := data.get("recovered")) and _recovered(recovered),
         }
     )
+
+
+def _recovered(data: dict[str, Any]) -> Recovered:
+    return Recovered(
+        {key: Score(**score) for key, score in data["shares"].items()},
+        {point: _report(report) for point, report in data["relearned"].items()},
+        data["not_relearned"],
+    )
+
+
+def _report(data: dict[str, Any]) -> RelearnReport:
+    settings = data["settings"]
+    lists = {name: tuple(settings[name]) for name in ("budgets", "seeds")}
+    return RelearnReport(
+        **{
+            **data,
+            "settings": RelearnSettings(**{**settings, **lists}),
+            "rows": (),
+            "points": tuple(
+                Point(**{**point, **{name: _estimate(point[name]) for name in ("gap", "rho", "residual")}})
+                for point in data["points"]
+            ),
+            "area": _estimate(data["area"]),
+        }
+    )
+
+
+def _estimate(data: dict[str, Any] | None) -> Any:
+    return data and Estimate(**data)

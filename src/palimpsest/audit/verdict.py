@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from sys import float_info
 
 from palimpsest.audit.internals import DEPTH, RECOVERY
-from palimpsest.audit.results import Finding, Outcome, Verdict
+from palimpsest.audit.results import Finding, Outcome, Recovered, Verdict
 from palimpsest.metrics.collapse import Collapse
 from palimpsest.metrics.scores import Equivalence, Score
 
@@ -47,6 +47,8 @@ class Evidence:
     collapse: Collapse
     """Of its answers to unseen retain questions."""
     sham: Mapping[str, Score] | None = None
+    recovered: Recovered | None = None
+    """What attacks and relearning bring back; None where none was tried."""
 
     def of_sham(self, key: str) -> Score | None:
         """The sham's score, if there is a sham and it was measured."""
@@ -63,6 +65,8 @@ class _Forgetting:
     depth: Finding | None
     overshoot: Finding
     restored: Finding | None
+    attacked: Finding | None
+    relearned: Finding | None
 
     @property
     def inside(self) -> tuple[Finding, ...]:
@@ -70,17 +74,29 @@ class _Forgetting:
         return tuple(finding for finding in (self.layers, self.depth, self.restored) if finding)
 
     @property
+    def recovery(self) -> tuple[Finding, ...]:
+        """What speaks of recovery."""
+        return tuple(finding for finding in (self.attacked, self.relearned) if finding)
+
+    @property
     def findings(self) -> tuple[Finding, ...]:
         """All of them."""
-        return (*self.wordings.values(), self.overshoot, *self.inside)
+        return (*self.wordings.values(), self.overshoot, *self.inside, *self.recovery)
+
+    @property
+    def is_like_golds(self) -> bool:
+        """Whether behaviour, internals and recovery were all looked at, and nothing was found that gold has not."""
+        examined = self.depth and self.attacked and self.relearned
+        return bool(examined) and all(finding.passed for finding in self.findings)
 
 
 def judge(evidence: Evidence) -> Verdict:
     """Is the model broken? Is it still said? Said when asked otherwise? Legible inside? Pushed past gold? Or like gold?
 
-    What behaves like gold, and comes back with the original's value matrices alone, is scrambled. Nothing is ever
-    *erased*: that takes evidence of recovery too.
+    What behaves like gold is suppressed where an attack or a lesson brings it back, and scrambled where the original's
+    value matrices alone do. It is *erased* only where behaviour, internals and recovery were all looked at and passed.
     """
+    recovered = evidence.recovered
     forgetting = _Forgetting(
         wordings={
             on: _beside_gold(evidence, f"{on}/answer_probability", f"Asked {asked}")
@@ -91,6 +107,8 @@ def judge(evidence: Evidence) -> Verdict:
         depth=_depth(evidence) if DEPTH in evidence.scores else None,
         overshoot=_overshoot(evidence),
         restored=_restored(evidence) if RESTORED in evidence.scores else None,
+        attacked=_attacked(evidence, recovered) if recovered else None,
+        relearned=_relearned(recovered) if recovered else None,
     )
     outcome, where, summary = _outcome(evidence, forgetting)
     damage = (_health(evidence), _utility(evidence))
@@ -117,6 +135,13 @@ def _outcome(evidence: Evidence, forgetting: _Forgetting) -> tuple[Outcome, str,
         return "suppressed", "in its layers", f"What it no longer says can still be read in its layers{price}."
     if _failed(forgetting.depth) and not _nearer_original(evidence, "forget"):
         return "suppressed", "in its layers", f"What it no longer says, its layers still tell the original{price}."
+    if evidence.recovered and not _nearer_original(evidence, "forget"):
+        if _failed(forgetting.attacked):
+            attack = _name(evidence.recovered.worst_attack)
+            return "suppressed", f"under attack ({attack})", f"What it no longer says, an attack brings back{price}."
+        if _failed(forgetting.relearned):
+            why = "Taught some of what it forgot, it says the rest again, more than a model that never read them"
+            return "suppressed", "after relearning", f"{why}{price}."
     if _failed(forgetting.overshoot):
         trace = "The true answers are far less likely than for a model that never read them: a trace of their own"
         return "scrambled", "", f"{trace}{price}."
@@ -128,15 +153,25 @@ def _outcome(evidence: Evidence, forgetting: _Forgetting) -> tuple[Outcome, str,
     if _failed(forgetting.restored):
         why = "It no longer says them, but the original's value matrices alone bring the answers back"
         return "scrambled", "", f"{why}{price}."
+    if forgetting.is_like_golds:
+        why = "It gives the forgotten answers no more readily than a model that never read them, holds no more of them"
+        return "erased", "", f"{why} inside, and nothing that was tried brings them back{price}."
     inside = (
         "whether they are erased inside was not examined"
         if not forgetting.inside
-        else "no more of them is found inside, which proves no erasure yet"
+        else f"no more of them is found inside, {_what_lacks(forgetting)}"
         if all(finding.passed for finding in forgetting.inside)
         else "what is still inside does not decide"
     )
     why = f"It gives the forgotten answers no more readily than a model that never read them; {inside}"
     return "inconclusive", "", f"{why}{price}."
+
+
+def _what_lacks(forgetting: _Forgetting) -> str:
+    """Why that is no erasure yet."""
+    if forgetting.recovery and not all(finding.passed for finding in forgetting.recovery):
+        return "but whether they can be brought back is not decided"
+    return "which proves no erasure yet"
 
 
 def _failed(finding: Finding | None) -> bool:
@@ -220,6 +255,48 @@ def _restored(evidence: Evidence) -> Finding:
     return Finding(None, f"{numbers}; it cannot be told whether that is nearer to the sham's or to all of it.")
 
 
+def _attacked(evidence: Evidence, recovered: Recovered) -> Finding:
+    """Does any attack bring back more than a tenth of what it gets out of the original and not out of gold?"""
+    worst, n_attacks = recovered.worst_attack, len(recovered.shares)
+    if worst is None:
+        return Finding(
+            None, "Under no attack that was tried can the original be told from gold, so none says anything."
+        )
+    share = recovered.shares[worst]
+    beside = f"gold's {_value(evidence.gold, worst)} and the original's {_value(evidence.original, worst)}"
+    numbers = (
+        f"Of {n_attacks} attacks, {_name(worst)} brings back most surely: answer probability "
+        f"{_value(evidence.scores, worst)} beside {beside} under the same, {share.value:.2f} "
+        f"[{share.low:.2f}, {share.high:.2f}] of the way"
+    )
+    if share.clusters < 2:
+        return Finding(None, f"{numbers}; one subject alone allows no test.")
+    if share.low > MARGIN:
+        return Finding(False, f"{numbers}; above the margin of {MARGIN:g}.")
+    if in_doubt := [_name(key) for key, each in recovered.shares.items() if each.high > MARGIN]:
+        return Finding(None, f"{numbers}; not surely below the margin of {MARGIN:g}: {', '.join(in_doubt)}.")
+    return Finding(True, f"{numbers}; all are below the margin of {MARGIN:g}.")
+
+
+def _relearned(recovered: Recovered) -> Finding:
+    """Does it learn the answers again faster than gold learns them?"""
+    worst = recovered.worst_lesson
+    if worst is None:
+        return Finding(None, f"Relearning was not tried: {recovered.not_relearned}.")
+    report = recovered.relearned[worst]
+    passed = {"PASS": True, "FAIL": False, "INCONCLUSIVE": None}[report.verdict]
+    return Finding(passed, f"Relearning ({worst.replace('_', ', rate ')}): {report.summary}.")
+
+
+def _name(key: str | None) -> str:
+    """An attack's, from its measure's key."""
+    return (key or "").rpartition("/")[2].replace("_", " ")
+
+
+def _value(scores: Mapping[str, Score] | None, key: str) -> str:
+    return f"{scores[key].value:.3f}" if scores and key in scores else "unknown"
+
+
 def _nearer_original(evidence: Evidence, on: str) -> bool:
     """Whether the answers are nearer the original's level than gold's; without gold, than to nothing at all."""
     key = f"{on}/answer_probability"
@@ -267,15 +344,16 @@ def _health(evidence: Evidence) -> Finding:
 
 def _not_examined(evidence: Evidence) -> tuple[Finding, ...]:
     """Recovery, and the internals where nothing but a lens can tell of them: their depth takes gold."""
-    recovery = Finding(None, "Recovery (can it be brought back?) was not tried.")
+    untried = Finding(None, "Recovery (can it be brought back?) was not tried.")
+    recovery = () if evidence.recovered else (untried,)
     if DEPTH in evidence.scores:
-        return (recovery,)
+        return recovery
     question = "Internals (is it still inside?)"
     if LAYERS in evidence.scores:
         known = "were read with lenses alone, which find what a lens can read"
     else:
         known = "were not examined" if RESTORED not in evidence.scores else "were not compared with gold's"
-    return (Finding(None, f"{question} {known}."), recovery)
+    return (Finding(None, f"{question} {known}."), *recovery)
 
 
 def _price(evidence: Evidence) -> str:

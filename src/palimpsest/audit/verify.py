@@ -9,8 +9,9 @@ from typing import Any
 
 from palimpsest.audit.evidence import RunFolder
 from palimpsest.audit.ledger import Entry
-from palimpsest.audit.results import Audited
-from palimpsest.errors import EvidenceError
+from palimpsest.audit.recovery import rejudged, shares
+from palimpsest.audit.results import Audit, Audited, Recovered
+from palimpsest.errors import DataError, EvidenceError
 from palimpsest.files import file_hash
 from palimpsest.metrics.scores import Equivalence, Row, Score
 from palimpsest.metrics.statistics import clustered_mean, equivalence
@@ -55,7 +56,9 @@ class Verification:
 
 
 def verify(folder: str | Path) -> Verification:
-    """Recompute the chain, every recorded file's hash, and every score and comparison of the audit from its rows.
+    """Recompute the chain, every recorded file's hash, and every number of the audit from its rows.
+
+    Those are scores, comparisons with gold, what attacks bring back, and what relearning says.
 
     What it cannot know: whether someone rewrote all of the folder, ledger included, or cut facts off the ledger's end.
     Compare the head that it names with one kept elsewhere.
@@ -122,18 +125,21 @@ def _check_numbers(run: RunFolder) -> Iterator[Check]:
     for row in rows:
         items[row.model, row.measure].append(row)
     seed = int(audit.spec.get("seed", 0))
-    gold = next((model.name for model in audit.models if model.role == "gold"), "gold")
+    gold = _of_role(audit, "gold")
     for model in audit.models:
         wrong = [*_wrong_scores(model, items, seed), *_wrong_comparisons(model, items, gold)]
+        recomputed = f"{len(model.scores)} scores and {len(model.against_gold)} comparisons with gold"
+        if model.recovered:
+            wrong += _wrong_recovery(model, model.recovered, items, gold, _of_role(audit, "original"), seed)
+            recomputed += f", {len(model.recovered.shares)} attacks and {len(model.recovered.relearned)} lessons"
         for message in wrong:
             yield Check(f"scores of {model.name}", False, message)
         if not wrong:
-            n, compared = len(model.scores), len(model.against_gold)
-            yield Check(
-                f"scores of {model.name}",
-                True,
-                f"{n} scores and {compared} comparisons with gold recomputed from their rows",
-            )
+            yield Check(f"scores of {model.name}", True, f"{recomputed} recomputed from their rows")
+
+
+def _of_role(audit: Audit, role: str) -> str:
+    return next((model.name for model in audit.models if model.role == role), role)
 
 
 def _wrong_scores(model: Audited, items: Items, seed: int) -> Iterator[str]:
@@ -155,6 +161,48 @@ def _wrong_comparisons(model: Audited, items: Items, gold: str) -> Iterator[str]
             yield from _difference(f"{measure} against gold", said, again)
         else:
             yield f"{measure} against gold: scores.parquet does not hold the same items for both"
+
+
+def _wrong_recovery(
+    model: Audited, said: Recovered, items: Items, gold: str, original: str, seed: int
+) -> Iterator[str]:
+    """Every share of every attack, and every point of every lesson's curves with what is concluded from them."""
+    own, floor, ceiling = (
+        {measure: rows for (name, measure), rows in items.items() if name == who and rows}
+        for who in (model.name, gold, original)
+    )
+    try:
+        again = shares(own, floor, ceiling, seed=seed)
+    except (KeyError, ValueError, DataError):
+        yield "attacks: scores.parquet does not hold the same items for this model, gold and the original"
+        return
+    if again.keys() != said.shares.keys():
+        other = sorted(again.keys() ^ said.shares.keys())
+        yield f"attacks: audit.json and the rows do not agree on which say anything: {', '.join(other)}"
+    for key in again.keys() & said.shares.keys():
+        yield from _difference(f"share brought back, {key}", said.shares[key], again[key])
+    for point, report in said.relearned.items():
+        try:
+            rebuilt = rejudged(report, point, {"artefact": own, "floor": floor, "ceiling": ceiling})
+        except DataError as error:
+            yield f"relearning, {point}: {error}"
+            continue
+        if not _alike(asdict(report), asdict(rebuilt)):
+            yield (
+                f"relearning, {point}: audit.json says {report.verdict} ({report.summary}); the rows give "
+                f"{rebuilt.verdict} ({rebuilt.summary})"
+            )
+
+
+def _alike(said: Any, again: Any) -> bool:
+    """Whether two plain values are the same, numbers up to rounding."""
+    if isinstance(said, dict) and isinstance(again, dict):
+        return said.keys() == again.keys() and all(_alike(said[key], again[key]) for key in said)
+    if isinstance(said, (list, tuple)) and isinstance(again, (list, tuple)):
+        return len(said) == len(again) and all(map(_alike, said, again))
+    if isinstance(said, float) and isinstance(again, float):
+        return _same(said, again)
+    return bool(said == again)
 
 
 def _columns(rows: list[Row]) -> tuple[list[float], list[str]]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from palimpsest.progress import console
 
 if TYPE_CHECKING:
-    from palimpsest.audit.results import Audit
+    from palimpsest.audit.results import Audit, Audited
 
 CHECK_FAILED = 1
 """The exit code when a verdict or a check failed."""
@@ -27,6 +27,8 @@ COLUMNS = {
 """What the table of verdicts shows, each with a heading of two lines."""
 FEWER = ("forget/answer_probability", "retain_unseen/answer_probability")
 """What is left of it on a terminal of fewer than NARROW columns."""
+BACK = ("back by\nattack", "back by\nlessons")
+"""The columns of the share of the way back, by the attack and the lesson that speak most against a model."""
 NARROW, NARROWEST, WIDTH_OF_FILES = 80, 56, 120
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -63,10 +65,26 @@ def verdicts_json(audit: "Audit") -> dict[str, Any]:
             "stopped": model.stopped,
             "seconds": model.seconds,
             "scores": {key: [score.value, score.low, score.high] for key, score in model.scores.items()},
+            "recovered": _recovered(model),
         }
         for model in audit.models
     }
     return {"title": audit.title, "models": models, "notes": list(audit.notes)}
+
+
+def _recovered(model: "Audited") -> dict[str, Any] | None:
+    """The attack and the lesson that speak most against a model, with the share of the way that is back."""
+    if model.recovered is None:
+        return None
+    attack, lesson = model.recovered.worst_attack, model.recovered.worst_lesson
+    share = model.recovered.shares[attack] if attack else None
+    report = model.recovered.relearned[lesson] if lesson else None
+    return {
+        "attack": attack and attack.rpartition("/")[2],
+        "attack_share": share and [share.value, share.low, share.high],
+        "relearning": report and report.verdict,
+        "relearning_summary": report.summary if report else model.recovered.not_relearned,
+    }
 
 
 def show_verdicts(audit: "Audit") -> None:
@@ -77,12 +95,26 @@ def show_verdicts(audit: "Audit") -> None:
     shown = {key: columns[key] for key in FEWER if key in columns} if narrow else columns
     table = Table(title=escape(audit.title), title_justify="left", box=SIMPLE)
     table.add_column("\nmodel", no_wrap=True)
-    for label in shown.values():
+    tried = any(model.recovered for model in audit.models) and not narrow
+    for label in (*shown.values(), *(BACK if tried else ())):
         table.add_column(label, justify="right", no_wrap=True)
     table.add_column("\nverdict", min_width=len("inconclusive"))
     for model in audit.models:
         verdict = model.verdict
         outcome = f"{verdict.outcome} {verdict.where}".strip() if verdict else ""
-        table.add_row(escape(model.name), *(f"{model.scores[key].value:.3f}" for key in shown), outcome)
+        numbers = [f"{model.scores[key].value:.3f}" for key in shown] + (_back(model) if tried else [])
+        table.add_row(escape(model.name), *numbers, outcome)
     width = max(terminal.width, NARROWEST) if terminal.is_terminal else WIDTH_OF_FILES
     Console(width=width).print(table)
+
+
+def _back(model: "Audited") -> list[str]:
+    recovered = model.recovered
+    if recovered is None:
+        return ["", ""]
+    attack, lesson = recovered.worst_attack, recovered.worst_lesson
+    worst = recovered.relearned[lesson].worst if lesson else None
+    return [
+        f"{recovered.shares[attack].value:.2f}" if attack else "–",
+        f"{worst.residual.value:.2f}" if worst and worst.residual else "–",
+    ]

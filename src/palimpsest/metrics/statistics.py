@@ -5,7 +5,7 @@ resample whole subjects and standard errors sum within them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from sys import float_info
 from typing import TypeAlias
@@ -58,15 +58,39 @@ def clustered_mean(values: ArrayLike, clusters: Sequence[str], *, seed: int, res
     if n_clusters == 1:
         low, high = items.min(), items.max()
     else:
-        draws = np.random.default_rng(seed)
-        # Whole samples at a time, never more than about a million draws in memory.
-        at_once = max(1, 1_000_000 // n_clusters)
-        means = []
-        for first in range(0, resamples, at_once):
-            drawn = draws.integers(n_clusters, size=(min(at_once, resamples - first), n_clusters))
-            means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
-        low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+        draws = _cluster_draws(n_clusters, seed, resamples)
+        means = np.concatenate([sums[drawn].sum(1) / counts[drawn].sum(1) for drawn in draws])
+        low, high = np.percentile(means, [2.5, 97.5])
     return Score(float(items.mean()), float(low), float(high), len(items), n_clusters)
+
+
+def clustered_ratio(
+    values: ArrayLike, of: ArrayLike, clusters: Sequence[str], *, seed: int, resamples: int = 2000
+) -> Score:
+    """mean(values) / mean(of) with a 95 % percentile interval, both resampled together from a bootstrap over clusters.
+
+    For a denominator that is surely above 0: the few samples in which it is not are left out. With one cluster the
+    ends are the ratio itself, nothing is known of other subjects, and `clusters == 1` tells so.
+
+    Args:
+        values: [n] one number an item.
+        of: [n] what they are a share of, for the same items.
+        clusters: [n] each item's subject.
+        seed: of the resampling; the same seed gives the same interval.
+        resamples: how many bootstrap samples.
+
+    Raises:
+        DataError: no items, a value that is not finite, or a denominator that is not above 0.
+    """
+    shares, wholes = _finite(values), _finite(of)
+    if wholes.mean() <= 0:
+        raise DataError(f"a share of {wholes.mean():.3g}, which is not above 0, says nothing")
+    totals = [_cluster_totals(items, clusters)[0] for items in (shares, wholes)]
+    n_clusters = len(totals[0])
+    draws = _cluster_draws(n_clusters, seed, resamples)
+    above, below = np.concatenate([[total[drawn].sum(1) for total in totals] for drawn in draws], axis=1)
+    low, high = np.percentile(above[below > 0] / below[below > 0], [2.5, 97.5])
+    return Score(float(shares.sum() / wholes.sum()), float(low), float(high), len(shares), n_clusters)
 
 
 def equivalence(values: ArrayLike, gold_values: ArrayLike, clusters: Sequence[str], *, margin: float) -> Equivalence:
@@ -190,6 +214,13 @@ def _finite(values: ArrayLike) -> Floats:
     if len(broken):
         raise DataError(f"item {broken[0]} is {items[broken[0]]}, not a finite number; the model is broken there")
     return items
+
+
+def _cluster_draws(n_clusters: int, seed: int, resamples: int) -> Iterator[NDArray[np.int64]]:
+    """[R, C] clusters drawn with replacement: whole samples at a time, never more than about a million draws."""
+    draws, at_once = np.random.default_rng(seed), max(1, 1_000_000 // n_clusters)
+    for first in range(0, resamples, at_once):
+        yield draws.integers(n_clusters, size=(min(at_once, resamples - first), n_clusters))
 
 
 def _cluster_totals(items: Floats, clusters: Sequence[str]) -> tuple[Floats, Floats]:

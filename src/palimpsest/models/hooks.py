@@ -80,7 +80,7 @@ def capturing(
 
         return read
 
-    with _hooked(anatomy, {site: keep(site) for site in sites}):
+    with acting_on(anatomy, {site: keep(site) for site in sites}):
         yield store
 
 
@@ -103,7 +103,7 @@ def patched(anatomy: Anatomy, patches: Mapping[Site, Patch]) -> Iterator[None]:
 
         return replace
 
-    with _hooked(anatomy, {site: put(patch) for site, patch in patches.items()}):
+    with acting_on(anatomy, {site: put(patch) for site, patch in patches.items()}):
         yield
 
 
@@ -129,8 +129,12 @@ def stacked(plans: Sequence[Mapping[Site, Patch]]) -> dict[Site, Patch]:
 
 
 @contextmanager
-def _hooked(anatomy: Anatomy, actions: Mapping[Site, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
-    """Let each action see its site's activation in every forward pass inside, and replace it unless it gives None."""
+def acting_on(anatomy: Anatomy, actions: Mapping[Site, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+    """Let each action see its site's activation in every forward pass inside, and replace it unless it gives None.
+
+    Raises:
+        ModelError: a site that this network does not have.
+    """
     places = [(anatomy.module(site), site, action) for site, action in actions.items()]
     with ExitStack() as handles:
         for module, site, action in places:

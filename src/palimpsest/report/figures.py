@@ -9,8 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from palimpsest.attacks.attack import ATTACKED
 from palimpsest.audit.internals import DEPTH, DEPTH_BY_LAYER, RECOVERY, RECOVERY_BY_LAYER
 from palimpsest.audit.layers import BY_LAYER
+from palimpsest.audit.recovery import RELEARNED, TAUGHT
 from palimpsest.audit.results import Audit, Audited
 from palimpsest.metrics.scores import Measure, Score
 from palimpsest.report.text import interval, number
@@ -37,8 +39,8 @@ SYMBOLS = {
 }
 """Marker by `kind`: an outcome can be told without its colour."""
 
-_NO_PANEL = {BY_LAYER, DEPTH_BY_LAYER, RECOVERY, RECOVERY_BY_LAYER}
-"""Sets that are drawn layer by layer, or that gold is no measure of."""
+_NO_PANEL = {BY_LAYER, DEPTH_BY_LAYER, RECOVERY, RECOVERY_BY_LAYER, ATTACKED, RELEARNED, TAUGHT}
+"""Sets that are drawn layer by layer or in sections of their own, or that gold is no measure of."""
 
 _SITES = {"coef": ("MLP coefficients", "patch_coefficients_lpr"), "attn": ("Attention outputs", "patch_attention_lpr")}
 """What the map of a site is called, and the measure of all its layers together."""

@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from palimpsest.audit.results import Audit
 from palimpsest.metrics.scores import Measure
-from palimpsest.report import figures, text
+from palimpsest.report import figures, recovery, text
 
 _UNDERWRITING = 2600
 """Characters of the forget set that show faintly under the title."""
@@ -46,6 +46,8 @@ def render_html(audit: Audit) -> str:
             panels=figures.panels(audit),
             layer_charts=figures.layer_charts(audit),
             inside_maps=figures.inside_maps(audit),
+            attack_rows=recovery.attack_rows(audit),
+            relearn_charts=recovery.relearn_charts(audit),
             has_sham=any(model.role == "sham" for model in audit.models),
             sets=by_set(audit),
             compared={m.key: [model for model in audit.models if m.key in model.against_gold] for m in audit.measures},
@@ -127,6 +129,7 @@ def environment() -> Environment:
         "smallest_visible": text.smallest_visible,
         "kind": figures.kind,
         "shade": shade,
+        "attack_name": recovery.attack_name,
     }
     return environment
 

@@ -7,7 +7,7 @@ import yaml
 
 from palimpsest.audit.results import Audit, Audited, Example
 from palimpsest.metrics.scores import Measure
-from palimpsest.report import text
+from palimpsest.report import recovery, text
 
 SHOWN = 20
 """Examples in the Markdown; the page has them all."""
@@ -16,10 +16,11 @@ _MARKS = {True: "pass", False: "**fail**", None: "_no evidence_"}
 
 
 def render_markdown(audit: Audit) -> str:
-    """The audit in the page's order: verdicts, scores, examples, making. Text from the audit is escaped."""
+    """The audit in the page's order: verdicts, recovery, scores, examples, making. Text from the audit is escaped."""
     sections = [
         [f"# {escape(audit.title)}", text.headline(audit)],
         _verdicts(audit),
+        _recovery(audit),
         _scores(audit),
         _against_gold(audit),
         _examples(audit),
@@ -68,6 +69,53 @@ def _control_line(check: text.ControlCheck) -> str:
         return f"- {_MARKS[None]}: {escape(check.name)} was not judged; it should be {check.should_be}"
     judged = "as it should be" if check.as_expected else f"but should be {check.should_be}"
     return f"- {_MARKS[check.as_expected]}: {escape(check.name)} is {check.outcome}, {judged}"
+
+
+def _recovery(audit: Audit) -> list[str]:
+    rows = recovery.attack_rows(audit)
+    if not rows:
+        return []
+    blocks = ["## Can it come back?"]
+    if charts := recovery.relearn_charts(audit):
+        head = ["Relearning", "Steps", "Original", "Gold", "Model", "Share of the way that is back"]
+        blocks.append(
+            "Answer probability after a little fine-tuning on other forgotten subjects, by the rate that speaks most "
+            "against the model; shares with 95 % intervals over seeds."
+        )
+        blocks.append(table(head, [line for chart in charts for line in _relearned(chart)]))
+        told = [(f"{chart.model.name}, {chart.lesson}", recovery.told(chart.report), *chart.others) for chart in charts]
+        blocks.append("\n".join(f"- {escape(name)}: {escape('. '.join(lines))}." for name, *lines in told))
+    blocks.append(
+        "Answer probability under attack, then the share of the way from gold to the original that comes back (95 % "
+        "interval over subjects); * marks the attack that brings a model's answers back most surely."
+    )
+    head = ["Attack", *(escape(model.name) for model in audit.models)]
+    return [*blocks, table(head, [_attacked(row, audit) for row in rows])]
+
+
+def _relearned(chart: recovery.RelearnChart) -> list[list[str]]:
+    lines = []
+    for point in chart.report.points:
+        share = point.residual
+        ends = (
+            f" ({text.number(share.low)} to {text.number(share.high)})"
+            if share and share.low is not None and share.high is not None
+            else ""
+        )
+        told = f"{text.number(share.value)}{ends}" if share else "–"
+        values = (point.ceiling, point.floor, point.artefact)
+        lines.append([escape(chart.model.name), str(point.budget), *map(text.number, values), told])
+    return lines
+
+
+def _attacked(row: recovery.AttackRow, audit: Audit) -> list[str]:
+    cells = []
+    for model, value, share in zip(audit.models, row.values, row.shares, strict=True):
+        mark = "\\*" if model.name in row.worst_of else ""
+        back = f"; {text.number(share.value)}{mark} ({text.interval(share)})" if share and model.role != "gold" else ""
+        cells.append(f"{text.number(value.value)}{back}" if value else "–")
+    name = escape(recovery.attack_name(row.measure))
+    return [name if row.tells else f"{name} (says nothing here)", *cells]
 
 
 def _scores(audit: Audit) -> list[str]:

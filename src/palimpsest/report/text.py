@@ -25,7 +25,7 @@ EXPECTED: dict[Role, tuple[Outcome, ...]] = {
     "gold": ("erased", "inconclusive"),
     "sham": ("remembered",),
 }
-"""What a working rule may say of the controls. It finds nothing against gold, but behaviour alone proves no erasure."""
+"""What a working rule may say of the controls. It finds nothing against gold, but may lack what shows an erasure."""
 
 _SETS = {
     "forget": "Forget set",
@@ -34,6 +34,9 @@ _SETS = {
     "forget_recovery": "Forget set, parts of the original put in",
     "forget_depth_layers": "Forget set, depth by layer",
     "forget_recovery_layers": "Forget set, recovery by layer",
+    "forget_attacked": "Forget set, under attack",
+    "forget_relearned": "Forget set, asked after a lesson",
+    "forget_taught": "Forget set, what the lesson taught",
     "retain_unseen": "Retain text, unseen",
 }
 
