@@ -301,7 +301,18 @@ def test_the_verbs() -> None:
         *("concepts", "concepts find", "concepts evaluate", "concepts ablate"),
         *("update", "update show", "update reapply", "update adapter"),
         *("studies", "studies run"),
-        *(f"studies run {name}" for name in ("dissecting", "kfade", "task_forgetting", "tuned_lens")),
+        *(
+            f"studies run {name}"
+            for name in (
+                "concept_vectors",
+                "dissecting",
+                "implicit_inference",
+                "kfade",
+                "recovery",
+                "task_forgetting",
+                "tuned_lens",
+            )
+        ),
     }
 
 

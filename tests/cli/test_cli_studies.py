@@ -48,7 +48,7 @@ def test_the_study_of_dissecting_takes_every_model_unless_some_are_named(
     some = ["--cell", "sham", "--seeds", 2, "--first-seed", 4, "--out", tmp_path]
     assert invoke("studies", "run", "dissecting", *some)[0] == 0
     every, few = plans
-    assert every.cells == dissecting.CELLS and list(every.seeds) == [0, 1, 2]
+    assert every.cells == dissecting.CELLS and list(every.seeds) == [0, 1, 2, 3, 4]
     assert (few.cells, list(few.seeds), few.folder) == (["sham"], [4, 5], tmp_path / "dissecting")
 
 

@@ -206,10 +206,15 @@ def test_the_share_of_the_peak_rate(settings, step, share):
     assert chosen.rate(step, 10) == pytest.approx(share, abs=1e-12)
 
 
+def kind_of(optimizer):
+    """Muon by its own name, whether it orthogonalises in bf16 or in fp32."""
+    return "Muon" if isinstance(optimizer, torch.optim.Muon) else type(optimizer).__name__
+
+
 def test_both_optimisers_follow_the_schedule():
     seen = []
     settings = replace(SHORT, muon_learning_rate=0.04, final=0.5)
-    with before_each_step(lambda optimizer: seen.append((type(optimizer).__name__, optimizer.param_groups[0]["lr"]))):
+    with before_each_step(lambda optimizer: seen.append((kind_of(optimizer), optimizer.param_groups[0]["lr"]))):
         train(tiny_model("llama"), ROWS, settings)
     shares = [settings.rate(step, 6) for step in range(6)]
     assert [rate for name, rate in seen if name == "AdamW"] == pytest.approx([1e-2 * share for share in shares])
@@ -252,7 +257,7 @@ def shared_out(model: LanguageModel, settings: TrainingSettings) -> dict[str, li
     found = {}
     for optimizer in build_optimizers(model, settings):
         for group in optimizer.param_groups:
-            owner = f"{type(optimizer).__name__} {group['weight_decay']:g}"
+            owner = f"{kind_of(optimizer)} {group['weight_decay']:g}"
             found.setdefault(owner, []).extend(names[id(value)] for value in group["params"])
     everything = [name for owned in found.values() for name in owned]
     assert sorted(everything) == sorted(names.values())  # each once, a tied matrix too

@@ -125,6 +125,7 @@ def test_claims_whose_cells_are_missing_are_left_out(missing: str) -> None:
     assert set(left) < set(judged(seed_of()))
 
 
+@pytest.mark.slow
 def test_a_study_from_end_to_end_measures_nothing_twice(
     trained: Organism, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
