@@ -4,6 +4,7 @@ Full, gold, sham and the models that methods made, each stopped at gold's forget
 in which noise was put on chosen value vectors alone (Needle). What is measured of them is each study's own.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -62,20 +63,20 @@ def fine_tuning() -> list[str]:
     return [method.name for method in METHODS if method.name != RMU.name]
 
 
-class UnlearnedModels:
+class UnlearnedModels(ABC):
     """One seed's models; what stands in the folder is not measured again."""
 
     def __init__(self, setting: Callable[[int], Setting], seed: int, folder: Path) -> None:
         self._setting, self.seed, self.folder = setting, seed, folder
 
+    @abstractmethod
     def measured(self, model: LanguageModel) -> Cell:
         """What the study wants to know of a model."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def tracked(self) -> list[ValueVector]:
         """The value vectors on which Needle puts its noise."""
-        raise NotImplementedError
 
     def measure(self, wanted: Sequence[str]) -> dict[str, Cell]:
         """The cell of each model that is wanted."""
