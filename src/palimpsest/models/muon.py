@@ -1,7 +1,8 @@
 """Muon (Jordan 2024): momentum whose singular values are made alike, for the weights of hidden layers.
 
 torch's own orthogonalises in bf16. A processor without bf16 instructions multiplies such matrices an order of magnitude
-more slowly than fp32 ones, and training would be little else.
+more slowly than fp32 ones, and training would be little else. There products are made in fp32 and rounded to bf16,
+which is what bf16 instructions do, so that a model hardly depends on the processor that it was trained on.
 """
 
 import math
@@ -48,20 +49,32 @@ class MuonInFp32(torch.optim.Muon):
                 matrix.add_(update.to(matrix.dtype), alpha=-rate * math.sqrt(max(1, rows / columns)))
 
 
-def orthogonalised(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """[rows, columns] the matrix with singular values near 1, by Newton-Schulz iterations in the type that it has.
+def to_bf16(matrix: Tensor) -> Tensor:
+    """The nearest that bf16 has, in the type that it was."""
+    return matrix.bfloat16().to(matrix.dtype)
+
+
+def orthogonalised(
+    matrix: Tensor,
+    coefficients: tuple[float, float, float],
+    steps: int,
+    eps: float,
+    rounded: Callable[[Tensor], Tensor] = to_bf16,
+) -> Tensor:
+    """[rows, columns] the matrix with singular values near 1, by Newton-Schulz iterations.
 
     Args:
         matrix: [rows, columns].
         coefficients: a, b, c of the iteration aX + b(XX')X + c(XX')(XX')X.
         steps: how many iterations.
         eps: the least norm that it is divided by.
+        rounded: what every result passes.
     """
     a, b, c = coefficients
     tall = matrix.shape[0] > matrix.shape[1]
-    wide = matrix.T if tall else matrix
-    wide = wide / wide.norm().clamp(min=eps)  # no singular value above 1
+    wide = rounded(matrix.T if tall else matrix)
+    wide = rounded(wide / rounded(wide.norm()).clamp(min=eps))  # no singular value above 1
     for _ in range(steps):
-        gram = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+        gram = rounded(wide @ wide.T)
+        wide = rounded(torch.addmm(wide, rounded(torch.addmm(gram, gram, gram, beta=b, alpha=c)), wide, beta=a))
     return wide.T if tall else wide
