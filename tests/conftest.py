@@ -1,12 +1,15 @@
 """A small organism for the whole suite: full, gold and a request on invented people, trained once in seconds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+from palimpsest.attacks.relearn import FineTuning, Relearning
+from palimpsest.data.batches import encode
+from palimpsest.metrics.likelihood import answer_probability
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.organism import Architecture, Corpus, Recipe, train_controls
 from palimpsest.models.training import TrainingSettings
@@ -55,3 +58,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Organism:
 def organism(trained: Organism) -> Organism:
     """The organism with copies of its models, to be changed at will."""
     return Organism(trained.request, trained.full.copy("full"), trained.gold.copy("gold"), trained.folder)
+
+
+@pytest.fixture(scope="session")
+def suppressed(trained: Organism) -> LanguageModel:
+    """The original taught wrong answers until it says the right ones hardly more than gold: it knows them still."""
+    forget = trained.request.forget
+    wrong = [replace(row, answer=row.wrong[place]) for place in (0, 1) for row in forget]  # type: ignore[union-attr]
+    settings = replace(Relearning().training(5e-4, 0), batch_size=16)
+    learner = FineTuning(trained.full, encode(wrong, trained.full.tokenizer), {}, settings)
+    level = answer_probability(trained.gold, forget).mean() + 0.04
+    for steps in range(2, 80, 2):
+        learner.fit_to(steps)
+        if answer_probability(learner.model, forget).mean() <= level:
+            break
+    return learner.model

@@ -28,20 +28,11 @@ from palimpsest.models.training import train
 from palimpsest.relearning.judgement import worst_case
 from palimpsest.unlearn.request import Request
 
-GRID = Relearning(lessons=("related",), learning_rates=(3e-3,), steps=(0, 8, 12), batch_size=16)
+GRID = Relearning(lessons=("related",), learning_rates=(2e-3,), steps=(0, 5, 10, 20), batch_size=16)
 
 
 def said(model: LanguageModel, records: object) -> float:
     return float(answer_probability(model, records).mean())  # type: ignore[arg-type]
-
-
-def suppressed(organism: Organism) -> LanguageModel:
-    """The original after a few steps on wrong answers: it does not say what it knows, and knows the rest less well."""
-    wrong = [replace(row, answer=row.wrong[n]) for n in (0, 1) for row in organism.request.forget]  # type: ignore[union-attr]
-    rows = encode(wrong, organism.full.tokenizer)
-    learner = FineTuning(organism.full, rows, {}, GRID.training(1e-3, 0))
-    learner.fit_to(16)
-    return learner.model
 
 
 def test_the_learner_is_train_in_pieces_and_the_model_stays(organism: Organism) -> None:
@@ -91,9 +82,11 @@ def test_one_subject_or_no_question_is_refused(organism: Organism) -> None:
         retain_set(passages, 0)
 
 
-def test_the_suppressed_comes_back_faster_than_gold_learns_and_gold_passes(organism: Organism) -> None:
+def test_the_suppressed_comes_back_faster_than_gold_learns_and_gold_passes(
+    organism: Organism, suppressed: LanguageModel
+) -> None:
     """The taught are other people than the asked. Gold as its own artefact is the control that nothing comes back."""
-    models = {"suppressed": suppressed(organism), "gold": organism.gold}
+    models = {"suppressed": suppressed, "gold": organism.gold}
     asked = organism.request.forget
     assert said(models["suppressed"], asked) < said(organism.gold, asked) + 0.05 < 0.5 < said(organism.full, asked)
     before = {name: model.fingerprint() for name, model in models.items()}
@@ -101,12 +94,12 @@ def test_the_suppressed_comes_back_faster_than_gold_learns_and_gold_passes(organ
     found = relearning(
         models, organism.gold, organism.full, organism.request, GRID, report=lambda *step: told.append(step)
     )
-    report = found["suppressed"]["related, rate 0.003"]
+    report = found["suppressed"]["related, rate 0.002"]
     assert report.verdict == "FAIL" and report.failures == 5
-    assert worst_case(found["suppressed"]) == "related, rate 0.003"
+    assert worst_case(found["suppressed"]) == "related, rate 0.002"
     came_back, learned = (report.curve(who)[:, 1] - report.curve(who)[:, 0] for who in ("artefact", "floor"))
     assert (came_back > learned + 0.05).all()
-    control = found["gold"]["related, rate 0.003"]
+    control = found["gold"]["related, rate 0.002"]
     assert (control.curve("artefact") == control.curve("floor")).all()
     assert control.verdict == "PASS" and control.worst and control.worst.residual
     assert control.worst.residual.value == 0
@@ -115,7 +108,7 @@ def test_the_suppressed_comes_back_faster_than_gold_learns_and_gold_passes(organ
     assert told[-1][:2] == (30, 30)
     for who in ("artefact", "floor"):
         lesson = report.curve(who, LESSON)  # type: ignore[arg-type]
-        assert (lesson[:, 2] > lesson[:, 0] + 0.2).all()
+        assert (lesson[:, -1] > lesson[:, 0] + 0.2).all()
 
 
 def test_a_rate_that_does_nothing_is_no_pass(organism: Organism) -> None:

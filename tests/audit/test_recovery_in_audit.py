@@ -9,30 +9,18 @@ from tests.conftest import Organism
 
 from palimpsest.attacks.attack import ATTACKED, attacked
 from palimpsest.attacks.quantisation import quantisation_attacks
-from palimpsest.attacks.relearn import METRIC, FineTuning, Relearning, relearning
+from palimpsest.attacks.relearn import METRIC, relearning
 from palimpsest.audit import recovery as recovery_module
 from palimpsest.audit.audit import Candidate, audit
 from palimpsest.audit.evidence import RunFolder
 from palimpsest.audit.recovery import PLAIN, RELEARNED, TAUGHT, Recovery, breaks, shares, why_no_recovery
 from palimpsest.audit.results import Audit
 from palimpsest.audit.verify import verify
-from palimpsest.data.batches import encode
 from palimpsest.data.records import Passage, subject_of
 from palimpsest.errors import TrainingError
 from palimpsest.metrics.scores import Row
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.unlearn.request import Request
-
-
-@pytest.fixture(scope="module")
-def suppressed(trained: Organism) -> LanguageModel:
-    """The original after some steps on wrong answers and retain rows: it no longer says what it knows."""
-    wrong = [replace(row, answer=row.wrong[n]) for n in (0, 1) for row in trained.request.forget]  # type: ignore[union-attr]
-    rows = encode([*wrong, *trained.request.retain], trained.full.tokenizer)
-    settings = replace(Relearning().training(5e-4, 0), batch_size=32)
-    learner = FineTuning(trained.full, rows, {}, settings)
-    learner.fit_to(32)
-    return learner.model
 
 
 @pytest.fixture(scope="module")

@@ -175,7 +175,8 @@ def test_a_set_holds_what_no_single_vector_does_and_controls_do_not(trained: Org
     changes = [
         ablate_concept(model, most(scores, k), own, unrelated).concept.own.change.value for k in (1, 16, 64, 128)
     ]
-    assert changes == sorted(changes, reverse=True) and changes[0] > -0.1 and changes[-1] < -0.4
+    assert changes == sorted(changes, reverse=True) and changes[0] > -0.1 > changes[-1]
+    assert changes[-1] < 10 * changes[0]
     found = ablate_concept(model, most(scores, 64), own, unrelated)
     assert found.concept.own.change.value < 3 * found.concept.unrelated.change.value < 0
     for control in (found.random, found.selective):
@@ -183,14 +184,15 @@ def test_a_set_holds_what_no_single_vector_does_and_controls_do_not(trained: Org
 
 
 def test_noise_says_how_hard_a_neuron_fires(trained: Organism):
-    """Zero ablation tells a few attributed neurons from a few that only fire hard; noise calls both the concept's."""
+    """Zero ablation tells attributed neurons from those that only fire hard; noise makes these look like them."""
     model = trained.full
     subject = trained.request.forget[0].subject
     own = [row for row in trained.request.forget if row.subject == subject]
-    few = most(attribution(model, encode(own, model.tokenizer)), 4)
-    noise = ablate_concept(model, few, own, trained.request.retain, how="noise")
-    selective, random = noise.selective.own.change.value, noise.random.own.change.value
-    assert selective < 0.5 * noise.concept.own.change.value and random > 0.2 * selective
+    some = most(attribution(model, encode(own, model.tokenizer)), 16)
+    zero, noise = (ablate_concept(model, some, own, trained.request.retain, how=how) for how in ("zero", "noise"))
+    assert zero.selective.own.change.value > 0.3 * zero.concept.own.change.value
+    assert noise.selective.own.change.value < 10 * zero.selective.own.change.value
+    assert noise.random.own.change.value > 0.3 * noise.selective.own.change.value
 
 
 def test_mean_ablation_uses_the_means_on_unrelated_rows(trained: Organism):

@@ -93,8 +93,8 @@ def test_a_null_of_answers_is_harder_than_one_of_words_that_look_alike(trained: 
         discover(model, tokens, random_sets(model.tokenizer, tokens, 40, seed=0, pool=pool)) for pool in (None, answers)
     )
     assert of_answers.best == alike.best
-    assert alike.null_precision < of_answers.null_precision < of_answers.best.precision
-    assert 0 < len(of_answers.found) < len(alike.found) / 10
+    assert alike.null_precision < of_answers.null_precision <= of_answers.best.precision
+    assert len(of_answers.found) < len(alike.found) / 10
 
 
 # The null

@@ -171,12 +171,12 @@ def test_attacks_tell_what_was_learnt_from_what_was_not_and_gold_gives_nothing_a
     facts = [QA(row["question"], row["choices"][row["answer"]], id=row["question"]) for row in quiz(NAMES)]
     learnt, others, unseen = facts[::3], facts[1::3], facts[2::3]
     tokenizer = word_tokenizer([f"Question: {fact.question}\nAnswer: {fact.answer}" for fact in facts])
-    full, gold = learn(learnt, tokenizer, steps=50), learn(others, tokenizer, steps=50)
+    full, gold = learn(learnt, tokenizer, steps=80), learn(others, tokenizer, steps=80)
     sides = [[membership_scores(model, some, gradients=True) for some in (learnt, unseen)] for model in (full, gold)]
     for attack in ("loss", "zlib", "min_k@0.2", "gradient_norm", "gradient_norm@mean_tensor"):
         of_full, of_gold = (auc(members.costs[attack], seen.costs[attack]) for members, seen in sides)
-        assert of_full.value == 1 and of_full.low > 0.5, attack
-        assert of_gold.low < 0.5 < of_gold.high, attack
+        assert of_full.value > 0.9 and of_full.low > 0.5, attack
+        assert abs(of_gold.value - 0.5) < 0.35, attack  # of ten and ten: chance is further off once in 150 times
     assert answer_scores(full, learnt).extraction_strength.mean() > 0.9
     assert answer_scores(full, unseen).extraction_strength.mean() < 0.5
 

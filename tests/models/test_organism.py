@@ -280,7 +280,7 @@ def test_a_size_that_no_llama_has_is_refused(changes, message):
 
 # Killed and started again.
 
-KILL_RECIPE = replace(TINY, training=TrainingSettings(steps=800, batch_size=4))
+KILL_RECIPE = replace(TINY, training=TrainingSettings(steps=500, batch_size=4))
 JOB = """
 if __name__ == "__main__":
     import signal, sys

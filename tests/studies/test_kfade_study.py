@@ -150,6 +150,7 @@ def small(trained, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "FURTHER_STEPS", 5)
 
 
+@pytest.mark.slow
 def test_a_study_from_end_to_end_measures_nothing_twice(small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = study.Plan((0, 1), ("people",), 1, 60, None, tmp_path)
     claims = {claim.id: claim for claim in study.run(plan)}

@@ -95,6 +95,7 @@ def _no_change(model):  # type: ignore[no-untyped-def]
     return Unchanged()
 
 
+@pytest.mark.slow
 def test_a_study_from_end_to_end_measures_nothing_twice(
     small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

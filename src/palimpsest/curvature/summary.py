@@ -19,7 +19,8 @@ class BlockSummary:
     name: str
     shape: tuple[int, int]
     rank: int
-    """Eigenvalues above rounding, of out * in; along the others only damping holds a step back."""
+    """Eigenvalues above rounding, of out * in (numpy's rule: above width * eps * the largest); along the others only
+    damping holds a step back."""
     condition: float
     """(largest + mean) / (smallest + mean): how unequally directions are held back at a damping of 1."""
 
@@ -46,7 +47,7 @@ def _summary(matrix: Matrix, block: Block, mean: float) -> BlockSummary:
     spectra = block.eigenvalues if isinstance(block.eigenvalues, tuple) else (block.eigenvalues,)
     rank, largest, smallest = 1, 1.0, 1.0
     for values in spectra:
-        rank *= int((values > torch.finfo(values.dtype).eps * values.max()).sum())
+        rank *= int((values > values.shape[-1] * torch.finfo(values.dtype).eps * values.max()).sum())
         largest *= values.max().item()
         smallest *= values.min().item()
     condition = (largest + mean) / (smallest + mean) if mean > 0 else float("inf")

@@ -2,9 +2,13 @@
 
 Each worker sends its news through a pipe of which it and its parent hold the only ends. When the parent is gone, even
 killed with -9, sending fails and the worker stops; when a worker is gone, the parent reads the end of the pipe.
+
+Where the system has it, workers are forked from a server that has imported what the work is made of and nothing else:
+importing torch and transformers takes longer than many a small training.
 """
 
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +22,10 @@ import torch
 from palimpsest.errors import PalimpsestError, TrainingError
 from palimpsest.progress import Report, progress
 
+CONTEXT = multiprocessing.get_context(
+    "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+)
+"""What workers are started by, and what they share is made by."""
 PATIENCE = 10
 """Seconds a worker is given to reach its next report once nobody listens."""
 
@@ -53,16 +61,17 @@ def side_by_side(work: Mapping[str, Callable[[Report], None]]) -> None:
 
 
 def _start(name: str, task: Callable[[Report], None]) -> _Worker:
-    context = multiprocessing.get_context("spawn")
-    news, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(task, theirs), daemon=True)
+    CONTEXT.set_forkserver_preload([getattr(task, "func", task).__module__])  # heard by the server when it starts
+    news, theirs = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_work, args=(task, theirs, dict(os.environ)), daemon=True)
     with _ignoring_interrupts():
         process.start()
     theirs.close()
     return _Worker(name, process, news)
 
 
-def _work(task: Callable[[Report], None], news: Connection) -> None:
+def _work(task: Callable[[Report], None], news: Connection, environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)  # the server's may be older
     torch.set_num_threads(1)
     with suppress(BrokenPipeError):  # nobody listens any more
         try:

@@ -22,7 +22,7 @@ from palimpsest.files import content_hash, write_json
 from palimpsest.metrics.divergence import kl_per_item
 from palimpsest.metrics.likelihood import answer_probability
 from palimpsest.models.language_model import LanguageModel
-from palimpsest.models.processes import side_by_side
+from palimpsest.models.processes import CONTEXT, side_by_side
 from palimpsest.progress import Report, console
 from palimpsest.run.pipeline import controls_of, forget_level
 from palimpsest.run.places import require_place
@@ -114,7 +114,7 @@ def _tune_side_by_side(specs: Sequence[Spec], trials: int, folder: Path, process
         if not seed.on_record(method)
     ]
     workers = min(processes, len(work))
-    left = multiprocessing.get_context("spawn").SimpleQueue()
+    left = CONTEXT.SimpleQueue()
     for place in (*range(len(work)), *[None] * workers):
         left.put(place)
     side_by_side(
