@@ -22,8 +22,10 @@ import torch
 from palimpsest.errors import PalimpsestError, TrainingError
 from palimpsest.progress import Report, progress
 
-CONTEXT = multiprocessing.get_context(
-    "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+CONTEXT: "multiprocessing.context.ForkServerContext | multiprocessing.context.SpawnContext" = (
+    multiprocessing.get_context("forkserver")
+    if "forkserver" in multiprocessing.get_all_start_methods()
+    else multiprocessing.get_context("spawn")
 )
 """What workers are started by, and what they share is made by."""
 PATIENCE = 10
