@@ -1,10 +1,12 @@
 """A small organism for the whole suite: full, gold and a request on invented people, trained once in seconds."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 from palimpsest.attacks.relearn import FineTuning, Relearning
@@ -49,8 +51,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Organism:
     """The organism as it was trained: never change its weights."""
     forget, retain = WORLD.facts(WORLD.forget_subjects), WORLD.facts(WORLD.retain_subjects)
     corpus = Corpus(tuple(forget), tuple(retain), tuple(WORLD.vocabulary_texts()))
-    cache = tmp_path_factory.mktemp("organisms")
-    controls = train_controls(corpus, RECIPE, cache)
+    base = tmp_path_factory.getbasetemp()
+    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "organisms"
+    with FileLock(f"{cache}.lock"):  # pytest's workers have one organism between them
+        controls = train_controls(corpus, RECIPE, cache)
     return Organism(Request.split(forget, retain), controls.original, controls.gold, next(cache.iterdir()))
 
 
