@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.tiny import invoke
@@ -42,14 +43,14 @@ def test_people_get_a_table(asked: list[kfade.Plan]) -> None:
 def test_the_study_of_dissecting_takes_every_model_unless_some_are_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    plans: list[dissecting.Plan] = []
-    monkeypatch.setattr(dissecting, "run", lambda plan: plans.append(plan) or CLAIMS)
+    runs: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(dissecting, "run", lambda *asked: runs.append(asked) or CLAIMS)
     assert invoke("studies", "run", "dissecting")[0] == 0
     some = ["--cell", "sham", "--seeds", 2, "--first-seed", 4, "--out", tmp_path]
     assert invoke("studies", "run", "dissecting", *some)[0] == 0
-    every, few = plans
-    assert every.cells == dissecting.CELLS and list(every.seeds) == [0, 1, 2, 3, 4]
-    assert (few.cells, list(few.seeds), few.folder) == (["sham"], [4, 5], tmp_path / "dissecting")
+    (seeds, _, every), few = runs
+    assert every == dissecting.CELLS and list(seeds) == [0, 1, 2, 3, 4]
+    assert few == (range(4, 6), tmp_path / "dissecting", ["sham"])
 
 
 @pytest.mark.parametrize(

@@ -139,8 +139,7 @@ def test_a_study_from_end_to_end_measures_nothing_twice(
     monkeypatch.setattr(unlearned_models, "SHAM_STEPS", 20)
     monkeypatch.setattr(unlearned_models, "RELEARNING_STEPS", 5)
     monkeypatch.setattr(concept_cells, "NULL_SETS", 3)
-    plan = study.Plan((0,), tmp_path)
-    claims = {claim.id: claim for claim in study.run(plan)}
+    claims = {claim.id: claim for claim in study.run((0,), tmp_path)}
     assert len(claims) == 14
     cells = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "seed-0").glob("*.json")}
     assert set(cells) == {"full", "gold", "sham", "npo", "rmu", "needle", "ablated"}
@@ -151,4 +150,4 @@ def test_a_study_from_end_to_end_measures_nothing_twice(
     assert full["ablations"]["set"]["concept"]["own"] < full["ablations"]["set"]["random"]["own"]
 
     monkeypatch.setattr(study, "lore", None)  # asking it again would fail
-    assert {claim.id: claim for claim in study.run(plan)} == claims
+    assert {claim.id: claim for claim in study.run((0,), tmp_path)} == claims

@@ -168,8 +168,7 @@ def small(trained: Organism, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_study_from_end_to_end_measures_nothing_twice(
     small: None, trained: Organism, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = study.Plan((0,), tmp_path)
-    claims = {claim.id: claim for claim in study.run(plan)}
+    claims = {claim.id: claim for claim in study.run((0,), tmp_path)}
     assert len(claims) == 17 and all(claim.seeds == 1 for claim in claims.values())
     cells = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "seed-0").glob("*.json")}
     assert set(cells) == {"full", "gold", "sham", "grad_diff", "npo", "rmu", "needle"}
@@ -194,4 +193,4 @@ def test_a_study_from_end_to_end_measures_nothing_twice(
     assert (n["taught"] * taught + n["held_out"] * held_out) / sum(n.values()) == pytest.approx(full["forget"])
 
     monkeypatch.setitem(REGIMES, "people", None)  # asking it again would fail
-    assert {claim.id: claim for claim in study.run(plan)} == claims
+    assert {claim.id: claim for claim in study.run((0,), tmp_path)} == claims

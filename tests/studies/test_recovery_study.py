@@ -112,8 +112,7 @@ def test_a_study_from_end_to_end_measures_nothing_twice(
         monkeypatch.setattr(module, "GRID", short)
     # Four examples before a question are too long for this organism.
     monkeypatch.setattr(recovery_cells, "prompt_attacks", lambda *_, **__: [])
-    plan = study.Plan((0,), tmp_path)
-    claims = {claim.id: claim for claim in study.run(plan)}
+    claims = {claim.id: claim for claim in study.run((0,), tmp_path)}
     cells = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "seed-0").glob("*.json")}
     assert set(cells) == {"full", "gold", "sham", "npo", "rmu", "needle"}
     full, gold = cells["full"], cells["gold"]
@@ -122,4 +121,4 @@ def test_a_study_from_end_to_end_measures_nothing_twice(
     assert full["relearning"]["related, rate 0.001"]["asked"][0] > 0.8 > gold["attacked"]["int8"]
     assert claims["a/sham"].estimate is not None and claims["a/sham"].estimate > 0.5
     monkeypatch.setitem(REGIMES, "people", None)  # asking it again would fail
-    assert {claim.id: claim for claim in study.run(plan)} == claims
+    assert {claim.id: claim for claim in study.run((0,), tmp_path)} == claims

@@ -82,10 +82,10 @@ def dissecting(
 ) -> None:
     """Does fine-tuning erase or only suppress, and which white-box measure would tell?"""
     with console.status("loading torch and transformers"):
-        from palimpsest.studies.dissecting import Plan, run
+        from palimpsest.studies.dissecting import run
         from palimpsest.studies.unlearned_models import CELLS
     _refuse_unknown("cell", cell, CELLS)
-    _tell(run(Plan(range(first_seed, first_seed + seeds), out / "dissecting", cell or CELLS)), as_json)
+    _tell(run(range(first_seed, first_seed + seeds), out / "dissecting", cell or CELLS), as_json)
 
 
 @studies.command("concept_vectors")
@@ -99,9 +99,9 @@ def concept_vectors(
     """Is a concept one vector, does the model use it, and does what becomes of it tell what was erased?"""
     with console.status("loading torch and transformers"):
         from palimpsest.studies.concept_cells import CELLS
-        from palimpsest.studies.concept_vectors import Plan, run
+        from palimpsest.studies.concept_vectors import run
     _refuse_unknown("cell", cell, CELLS)
-    _tell(run(Plan(range(first_seed, first_seed + seeds), out / "concept_vectors", cell or CELLS)), as_json)
+    _tell(run(range(first_seed, first_seed + seeds), out / "concept_vectors", cell or CELLS), as_json)
 
 
 @studies.command("recovery")
@@ -114,10 +114,10 @@ def recovery(
 ) -> None:
     """Can someone get it back: by relearning, rounding, other prompts, projections; and what tells beforehand?"""
     with console.status("loading torch and transformers"):
-        from palimpsest.studies.recovery import Plan, run
+        from palimpsest.studies.recovery import run
         from palimpsest.studies.unlearned_models import CELLS
     _refuse_unknown("cell", cell, CELLS)
-    _tell(run(Plan(range(first_seed, first_seed + seeds), out / "recovery", cell or CELLS)), as_json)
+    _tell(run(range(first_seed, first_seed + seeds), out / "recovery", cell or CELLS), as_json)
 
 
 @studies.command("task_forgetting")

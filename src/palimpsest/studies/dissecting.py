@@ -8,7 +8,6 @@ arXiv 2605.24614), and what relearning some subjects brings back of others.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,25 +31,18 @@ OTHER_FORMS = {"krs_of_sums": "as a ratio of sums", "krs_kl": "by the KL", "lpr"
 _claim = partial(Claim.over, source=SOURCE)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the study is to do."""
+def run(seeds: Sequence[int], folder: Path, cells: Sequence[str] = CELLS) -> list[Claim]:
+    """Measure what is missing of these cells, then judge the claims.
 
-    seeds: Sequence[int]
-    folder: Path
-    """Keeps one JSON file a model; what is there is not measured again."""
-    cells: Sequence[str] = CELLS
-    """Which models."""
-
-
-def run(plan: Plan) -> list[Claim]:
-    """Measure what is missing, then judge the claims."""
+    Args:
+        seeds: of models, methods and relearning.
+        folder: keeps one JSON file a model; what is there is not measured again.
+        cells: which models.
+    """
     return judge(
         {
-            seed: Bench(lambda seed: REGIMES[REGIME](seed, None), seed, plan.folder / f"seed-{seed}").measure(
-                plan.cells
-            )
-            for seed in plan.seeds
+            seed: Bench(lambda seed: REGIMES[REGIME](seed, None), seed, folder / f"seed-{seed}").measure(cells)
+            for seed in seeds
         }
     )
 

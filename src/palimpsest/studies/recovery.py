@@ -6,7 +6,6 @@ way from gold to the original, both attacked alike.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -38,23 +37,16 @@ _claim = partial(Claim.over, source=RELEARNING)
 Seed = Mapping[str, Cell]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the study is to do."""
+def run(seeds: Sequence[int], folder: Path, cells: Sequence[str] = CELLS) -> list[Claim]:
+    """Measure what is missing of these cells, then judge the claims.
 
-    seeds: Sequence[int]
-    folder: Path
-    """Keeps one JSON file a model; what is there is not measured again."""
-    cells: Sequence[str] = CELLS
-    """Which models."""
-
-
-def run(plan: Plan) -> list[Claim]:
-    """Measure what is missing, then judge the claims."""
-    benches = {
-        seed: Bench(lambda seed: REGIMES[REGIME](seed, None), seed, plan.folder / f"seed-{seed}") for seed in plan.seeds
-    }
-    return judge({seed: bench.measure(plan.cells) for seed, bench in benches.items()})
+    Args:
+        seeds: of models, methods and relearning.
+        folder: keeps one JSON file a model; what is there is not measured again.
+        cells: which models.
+    """
+    benches = {seed: Bench(lambda seed: REGIMES[REGIME](seed, None), seed, folder / f"seed-{seed}") for seed in seeds}
+    return judge({seed: bench.measure(cells) for seed, bench in benches.items()})
 
 
 def judge(cells: Cells) -> list[Claim]:
