@@ -238,9 +238,10 @@ def test_notes_name_what_is_missing(controls: list[Candidate], audit_small: Audi
     worded = small(trained)
     plain = replace(worded, forget=tuple(replace(row, paraphrases=()) for row in worded.forget))
     few, untried = "Relearning was not tried", "Recovery was not tried"  # two rows are of one subject
-    assert notes([original, gold, sham]) == {few}
+    long = "The attack few_shot was left out"
+    assert notes([original, gold, sham]) == {few, long}
     assert notes([original, sham]) == {"No gold", untried}
-    assert notes([original, gold]) == {"No sham", few}
+    assert notes([original, gold]) == {"No sham", few, long}
     assert notes([original], plain) == {"No gold", "No sham", "The forget rows", untried}
 
 
@@ -250,7 +251,7 @@ def test_passages_and_choices_are_shown_and_what_the_verdict_does_with_them_is_n
     texts = tuple(Passage(f"{place} is a {'x' * 400}.", id=f"p{place}") for place in range(3))
     choices = (Choice("q", ("a", "b"), 1, id="c"),)
     found = audit_small(controls, replace(small(trained), retain_unseen=texts, choices=choices))
-    notes = [note.split(";")[0] for note in found.notes[1:]]
+    notes = [note.split(";")[0] for note in found.notes[2:]]
     assert notes[0].startswith("Accuracy on the 1 multiple-choice questions about the forget set stands among")
     assert notes[1].startswith("Some rows are passages")
     shown = {example.on: example for example in found.examples}

@@ -213,6 +213,8 @@ def test_the_rate_falls_with_the_width_and_attacks_that_do_not_fit_are_left_out(
     assert recovery.grid.learning_rates == (0.002,) and len(recovery.grid.seeds) == 5
     names = {measure.name for measure in recovery.measures if measure.on == ATTACKED}
     assert {"int8", "int4", "nf4", "pruned_0.5", "noise_0.1", "direction", "direction_0"} <= names
+    (why,) = recovery.left_out.values()
+    assert "few_shot" not in names and "few_shot" in recovery.left_out and why.endswith("a model with 64 positions")
     request: Request = replace(trained.request, retain=trained.request.retain[:2])
     assert "few_shot" not in {measure.name for measure in replace(recovery, request=request).measures}
     sets = {measure.on for measure in recovery.measures}

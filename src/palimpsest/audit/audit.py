@@ -310,6 +310,8 @@ def _notes(
         notes.append(f"Recovery was not tried: {why_no_recovery(request, gold)}.")
     elif why_not := recovery.why_not_relearned:
         notes.append(f"Relearning was not tried: {why_not}.")
+    if recovery:
+        notes.extend(f"The attack {name} was left out: {why}." for name, why in recovery.left_out.items())
     if "gold" not in controls:
         notes.append(
             "No gold: uncalibrated. Nobody can say how a model that never read the forget set would score here, nor "

@@ -145,8 +145,18 @@ class Recovery:
         """The questions that are attacked, spread evenly over the forget set."""
         return _spread(self._asked, FACTS)
 
-    @cached_property
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Attacks that were not tried, and why."""
+        return {attack.name: why for attack, why in self._chosen if why}
+
+    @property
     def _attacks(self) -> list[Attack]:
+        return [attack for attack, why_not in self._chosen if not why_not]
+
+    @cached_property
+    def _chosen(self) -> list[tuple[Attack, str]]:
+        """Every attack, and why it cannot be tried here."""
         forget, retain, template = self._sampled, _questions(self.request.retain), self.request.template
         encoded = [encode(rows, self.original.tokenizer, template=template) for rows in (forget, self._others)]
         n_layers = self.original.anatomy.n_layers
@@ -157,22 +167,25 @@ class Recovery:
             *prompt_attacks(forget, retain, template=template, seed=self.seed),
             *direction_attacks(*encoded, n_layers=n_layers),
         ]
-        return [attack for attack in attacks if attack.name in names and self._fits(attack)]
+        return [(attack, self._why_not(attack)) for attack in attacks if attack.name in names]
 
     @property
     def _others(self) -> list[Text]:
         """What forget prompts are told from: as many retain rows."""
         return _spread(self.request.retain, len(self._sampled))
 
-    def _fits(self, attack: Attack) -> bool:
-        """Whether the records allow the attack, and the model has positions for what it asks."""
-        limit, asked = getattr(self.original.network.config, "max_position_embeddings", None), self._sampled
+    def _why_not(self, attack: Attack) -> str:
+        """Why the records do not allow the attack, or the model has too few positions for it; empty where it can be."""
         try:
-            rows = attack.on_rows(asked)
-        except DataError:
-            return False
+            rows = attack.on_rows(self._sampled)
+        except DataError as error:
+            return str(error)
+        if not rows:
+            return "it asks nothing of these rows"
         encoded = encode(rows, self.original.tokenizer, template=self.request.template)
-        return bool(rows) and all(limit is None or len(row.ids) <= limit for row in encoded)
+        longest = max(len(row.ids) for row in encoded)
+        limit = getattr(self.original.network.config, "max_position_embeddings", None) or longest
+        return f"it asks {longest} tokens of a model with {limit} positions" if longest > limit else ""
 
 
 @dataclass(frozen=True)
