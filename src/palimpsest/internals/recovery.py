@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from palimpsest.data.batches import Encoded, batches
 from palimpsest.internals.patching import MEMORY, Plan, Positions, patched_predictions, refuse_unlike
@@ -198,8 +199,8 @@ class _Goal:
     logits: Tensor
     logprobs: Tensor
     probabilities: Tensor
-    possible: Tensor
-    """[N, V] where the probability is not 0; what is ruled out contributes nothing to a KL."""
+    possible: Tensor | None
+    """[N, V] where the probability is not 0; None where that is everywhere. What is ruled out adds nothing to a KL."""
     said: Tensor
     """[N] log-probability of the answer's token."""
 
@@ -208,14 +209,17 @@ class _Goal:
         logits = predictions.logits.to(device)
         logprobs = logits.log_softmax(-1)
         said = _of_targets(logprobs, predictions.targets.to(device))
-        return _Goal(logits, logprobs, logprobs.exp(), logprobs > -torch.inf, said)
+        possible = logprobs > -torch.inf
+        return _Goal(logits, logprobs, logprobs.exp(), None if possible.all() else possible, said)
 
     def losses(self, predictions: Predictions, n_rows: int) -> Tensor:
         """[3, B] the rows' distances: squares of logits, KL, missing log-probability; fp32 on the CPU."""
         logprobs = predictions.logits.log_softmax(-1)
-        terms = (self.probabilities * (self.logprobs - logprobs)).where(self.possible, 0.0)
+        terms = (self.logprobs - logprobs).mul_(self.probabilities)
+        if self.possible is not None:
+            terms = terms.where(self.possible, 0.0)
         by_token = (
-            (predictions.logits - self.logits).square().mean(-1),
+            functional.mse_loss(predictions.logits, self.logits, reduction="none").mean(-1),
             terms.sum(-1),
             self.said - _of_targets(logprobs, predictions.targets),
         )
