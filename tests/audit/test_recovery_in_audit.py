@@ -1,6 +1,7 @@
 """Recovery in the audit: shares against a plain computation, what is left out and why, and rows that verify."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from tests.conftest import Organism
 from palimpsest.attacks.attack import ATTACKED, attacked
 from palimpsest.attacks.quantisation import quantisation_attacks
 from palimpsest.attacks.relearn import METRIC, relearning
+from palimpsest.audit import prediction
 from palimpsest.audit import recovery as recovery_module
 from palimpsest.audit.audit import Candidate, audit
 from palimpsest.audit.evidence import RunFolder
@@ -21,6 +23,14 @@ from palimpsest.errors import TrainingError
 from palimpsest.metrics.scores import Row
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.unlearn.request import Request
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_facts_are_enough() -> Iterator[None]:
+    """To say which score would have told: of 25 facts few come back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prediction, "FEWEST", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +74,13 @@ def test_a_changed_share_or_verdict_is_found(run: RunFolder, found: Audit) -> No
     (point, report), key = next(iter(model.recovered.relearned.items())), model.recovered.worst_attack
     assert key
     lower = replace(model.recovered.shares[key], value=0.0)
+    told, auc = next(iter(model.recovered.foretold.items()))
     before = (run.path / "audit.json").read_bytes()
     for changed, says in (
         (replace(model.recovered, shares={**model.recovered.shares, key: lower}), f"share brought back, {key}"),
         (replace(model.recovered, relearned={point: replace(report, verdict="PASS")}), f"relearning, {point}"),
         (replace(model.recovered, shares={}), "do not agree on which say anything"),
+        (replace(model.recovered, foretold={told: replace(auc, value=0.1)}), "what would have told: audit.json has"),
     ):
         models = tuple(replace(each, recovered=changed) if each == model else each for each in found.models)
         (run.path / "audit.json").write_text(json.dumps(replace(found, models=models).to_json()))
@@ -111,6 +123,12 @@ def test_gold_comes_through_and_who_hides_it_does_not(found: Audit) -> None:
     sham, kept = found.model("sham").recovered, found.model("still says it").recovered
     assert sham and sham.not_relearned == "it unlearned nothing" and min(s.value for s in sham.shares.values()) > 0.9
     assert kept and kept.relearned == {} and kept.not_relearned == "it still says what it should have forgotten"
+
+
+def test_which_score_would_have_told_is_said_of_the_unlearned_alone(found: Audit) -> None:
+    told = {model.name: model.recovered.foretold for model in found.models if model.recovered}
+    assert told["gold"] == told["sham"] == told["never knew"] == {}
+    assert {"forget/unlearning_depth", "forget_recovery/patch_coefficients_lpr"} < set(told["suppressed"])
 
 
 def test_shares_are_ratios_of_sums_with_subjects_resampled(run: RunFolder, found: Audit) -> None:

@@ -7,6 +7,7 @@ from tests.report.conftest import measure
 from tests.report.test_report_html import Page
 
 from palimpsest.audit.results import Recovered
+from palimpsest.metrics.auc import Auc
 from palimpsest.metrics.scores import Score
 from palimpsest.relearning.judgement import ProbeRow, RelearnSettings, judge
 from palimpsest.report import figures, recovery, render_html, render_markdown
@@ -52,7 +53,8 @@ def attacked(audit):
         recovered = None
         if model.name in BACK:
             back = BACK[model.name]
-            recovered = Recovered({INT4: Score(back, back - 0.05, back + 0.05, 40, 10)}, taught, "")
+            told = {audit.measures[0].key: Auc(0.83, 0.61, 0.94, 9, 31, 5, 9)} if model.name == "grad_diff" else {}
+            recovered = Recovered({INT4: Score(back, back - 0.05, back + 0.05, 40, 10)}, taught, "", told)
         models.append(replace(model, scores=model.scores | scores, recovered=recovered))
     return replace(audit, measures=(*audit.measures, *ATTACKS, *LESSONS), models=tuple(models))
 
@@ -87,6 +89,19 @@ def test_the_page_holds_curves_and_table(attacked):
     assert "0.4100.360 to 0.460" in table["text"].replace(" 0.360", "0.360") and "says nothing here" in table["text"]
     assert "after 40 steps: 0.620" in render_html(attacked)
     assert all(header.get("scope") in ("row", "col", "rowgroup") for header in page.all("th"))
+
+
+def test_which_score_would_have_told_stands_below_the_attacks(attacked):
+    models, (row,) = recovery.foretellings(attacked)
+    assert [model.name for model in models] == ["grad_diff"] and row.measure == attacked.measures[0]
+    (section,) = Page(render_html(attacked)).all("section", id="recovery")
+    assert "What would have told" in section["text"] and "0.610 to 0.940" in section["text"]
+    assert f"| {row.measure.label} | 0.830 (0.610 to 0.940) |" in render_markdown(attacked)
+    untold = [
+        replace(model, recovered=model.recovered and replace(model.recovered, foretold={})) for model in attacked.models
+    ]
+    page = render_html(replace(attacked, models=tuple(untold)))
+    assert "What would have told" not in page
 
 
 def test_attacks_and_lessons_have_no_panel(attacked, audit):

@@ -11,6 +11,7 @@ from palimpsest.audit.environment import environment
 from palimpsest.audit.evidence import RunFolder
 from palimpsest.audit.internals import RECOVERY, Internals
 from palimpsest.audit.layers import Layers, Lenses
+from palimpsest.audit.prediction import foretold
 from palimpsest.audit.recovery import RELEARNED, TAUGHT, Recovery, Relearned, shares, why_no_recovery
 from palimpsest.audit.results import Audit, Audited, Example, Recovered, Role, TracePoint
 from palimpsest.audit.verdict import Evidence, judge, margin
@@ -182,8 +183,10 @@ def _audited(
         compared = _against_gold(readings[name].rows, readings[gold].rows, margins) if gold and name != gold else {}
         recovered = None
         if relearned and gold and candidate.role != "original":
-            items = [_by_measure(readings[each].rows) for each in (name, gold, controls["original"].name)]
-            recovered = Recovered(shares(*items, seed=seed), *relearned.of(name, candidate.role))
+            own, floor, ceiling = (_by_measure(readings[each].rows) for each in (name, gold, controls["original"].name))
+            recovered = Recovered(shares(own, floor, ceiling, seed=seed), *relearned.of(name, candidate.role))
+            if candidate.role == "unlearned":
+                recovered = replace(recovered, foretold=foretold(own, floor, ceiling, recovered.worst_attack))
         evidence = Evidence(
             scores=scores[name],
             original=original,

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from palimpsest.metrics.auc import Auc
 from palimpsest.metrics.scores import Equivalence, Measure, Score
 from palimpsest.relearning.judgement import Estimate, Point, RelearnReport, RelearnSettings, worst_case
 
@@ -54,6 +55,8 @@ class Recovered:
     """By point of the grid, such as `related_0.001`; their rows stand among the scores."""
     not_relearned: str = ""
     """Why there is no report; empty where there are some."""
+    foretold: dict[str, Auc] = field(default_factory=dict)
+    """By `Measure.key`: how well a score tells the facts that the worst attack brings back from the others."""
 
     @property
     def worst_attack(self) -> str | None:
@@ -168,6 +171,7 @@ def _recovered(data: dict[str, Any]) -> Recovered:
         {key: Score(**score) for key, score in data["shares"].items()},
         {point: _report(report) for point, report in data["relearned"].items()},
         data["not_relearned"],
+        {key: Auc(**found) for key, found in data.get("foretold", {}).items()},
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from palimpsest.audit.evidence import RunFolder
 from palimpsest.audit.ledger import Entry
+from palimpsest.audit.prediction import foretold
 from palimpsest.audit.recovery import rejudged, shares
 from palimpsest.audit.results import Audit, Audited, Recovered
 from palimpsest.errors import DataError, EvidenceError
@@ -181,6 +182,11 @@ def _wrong_recovery(
         yield f"attacks: audit.json and the rows do not agree on which say anything: {', '.join(other)}"
     for key in again.keys() & said.shares.keys():
         yield from _difference(f"share brought back, {key}", said.shares[key], again[key])
+    if said.foretold and not _alike(
+        {key: asdict(each) for key, each in said.foretold.items()},
+        {key: asdict(each) for key, each in foretold(own, floor, ceiling, said.worst_attack).items()},
+    ):
+        yield "what would have told: audit.json has other AUCs than the rows give"
     for point, report in said.relearned.items():
         try:
             rebuilt = rejudged(report, point, {"artefact": own, "floor": floor, "ceiling": ceiling})

@@ -47,6 +47,7 @@ def render_html(audit: Audit) -> str:
             layer_charts=figures.layer_charts(audit),
             inside_maps=figures.inside_maps(audit),
             attack_rows=recovery.attack_rows(audit),
+            foretellings=recovery.foretellings(audit),
             relearn_charts=recovery.relearn_charts(audit),
             has_sham=any(model.role == "sham" for model in audit.models),
             sets=by_set(audit),

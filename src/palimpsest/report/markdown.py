@@ -90,7 +90,25 @@ def _recovery(audit: Audit) -> list[str]:
         "interval over subjects); * marks the attack that brings a model's answers back most surely."
     )
     head = ["Attack", *(escape(model.name) for model in audit.models)]
-    return [*blocks, table(head, [_attacked(row, audit) for row in rows])]
+    return [*blocks, table(head, [_attacked(row, audit) for row in rows]), *_foretold(audit)]
+
+
+def _foretold(audit: Audit) -> list[str]:
+    models, rows = recovery.foretellings(audit)
+    if not rows:
+        return []
+    cells = [
+        [
+            escape(row.measure.label),
+            *(f"{text.number(auc.value)} ({text.interval(auc)})" if auc else "–" for auc in row.aucs),
+        ]
+        for row in rows
+    ]
+    return [
+        "How often a score ranks a fact that the marked attack brings more than half of the way back above one that it "
+        "does not (AUC, 95 % interval over subjects): 0.5 tells nothing.",
+        table(["Score", *(escape(model.name) for model in models)], cells),
+    ]
 
 
 def _relearned(chart: recovery.RelearnChart) -> list[list[str]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from palimpsest.attacks.attack import ATTACKED
 from palimpsest.audit.recovery import RELEARNED
 from palimpsest.audit.results import Audit, Audited
+from palimpsest.metrics.auc import Auc
 from palimpsest.metrics.scores import Measure, Score
 from palimpsest.relearning.judgement import RelearnReport
 from palimpsest.report.figures import kind
@@ -81,6 +82,26 @@ def attack_rows(audit: Audit) -> list[AttackRow]:
         values = tuple(model.scores.get(measure.key) for model in models)
         rows.append(AttackRow(measure, values, tuple(found), any(found), tuple(worst_of)))
     return rows
+
+
+@dataclass(frozen=True)
+class Foretelling:
+    """One score, and how well it tells, in each model with enough facts that came back and that did not."""
+
+    measure: Measure
+    aucs: tuple[Auc | None, ...]
+
+
+def foretellings(audit: Audit) -> tuple[list[Audited], list[Foretelling]]:
+    """The unlearned models in which anything can be said, and a row a score."""
+    models = [model for model in audit.models if model.recovered and model.recovered.foretold]
+    told = [model.recovered.foretold for model in models if model.recovered]
+    rows = [
+        Foretelling(measure, tuple(of_model.get(measure.key) for of_model in told))
+        for measure in audit.measures
+        if any(measure.key in of_model for of_model in told)
+    ]
+    return models, rows
 
 
 def lesson_name(point: str) -> str:

@@ -8,6 +8,7 @@ from sys import float_info
 from typing import Literal
 
 from palimpsest.audit.results import Audit, Audited, Outcome, Role
+from palimpsest.metrics.auc import Auc
 from palimpsest.metrics.scores import Equivalence, Measure, Score
 
 MEANING: dict[Outcome, str] = {
@@ -95,7 +96,7 @@ def number(value: float) -> str:
     return text.replace("-", "−")
 
 
-def interval(score: Score | Equivalence) -> str:
+def interval(score: Score | Equivalence | Auc) -> str:
     """The two ends of an interval."""
     return f"{number(score.low)} to {number(score.high)}"
 
