@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.models.tiny_families import tiny_model
 
 from palimpsest.data.records import QA, Passage
 from palimpsest.errors import DataError, SpecError
@@ -113,33 +114,32 @@ def test_tokens_beyond_what_can_be_kept_still_count_in_the_closed_form(trained, 
     assert fit(trained.full, trained.request.retain, **QUICK).kind == "tuned"
 
 
+def small_lens() -> Lens:
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randint(5, 40, (60, 9), generator=generator).tolist()
+    texts = [Passage(" ".join(f"w{number}" for number in row)) for row in numbers]
+    model = tiny_model("llama")
+    model.network.double()
+    return fit(model, texts, steps=12, tokens_per_step=64, quiet=True)
+
+
 def test_two_processes_fit_the_lens_of_one(tmp_path: Path) -> None:
     script = """
 import sys, torch
-from tests.models.tiny_families import tiny_model
-from palimpsest.data.records import Passage
-from palimpsest.lens.fit import fit
-generator = torch.Generator().manual_seed(0)
-numbers = torch.randint(5, 40, (60, 9), generator=generator).tolist()
-texts = [Passage(" ".join(f"w{number}" for number in row)) for row in numbers]
-model = tiny_model("llama")
-model.network.double()
-lens = fit(model, texts, steps=12, tokens_per_step=64, quiet=True)
-rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else "alone"
-torch.save((lens.changes, lens.biases), f"{sys.argv[1]}/{rank}.pt")
-if rank != "alone":
-    torch.distributed.destroy_process_group()
+from tests.lens.test_fit import small_lens
+lens = small_lens()
+torch.save((lens.changes, lens.biases), f"{sys.argv[1]}/{torch.distributed.get_rank()}.pt")
+torch.distributed.destroy_process_group()
 """
     (tmp_path / "fit.py").write_text(script)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for start in ([sys.executable], launch):
-        done = subprocess.run(
-            [*start, tmp_path / "fit.py", tmp_path], env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
-    alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("alone", "0", "1"))
-    for one, two, three in zip(alone, first, second, strict=True):
+    done = subprocess.run(
+        [*launch, tmp_path / "fit.py", tmp_path], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    lens, first, second = small_lens(), *(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for one, two, three in zip((lens.changes, lens.biases), first, second, strict=True):
         assert torch.equal(two, three)
         assert torch.allclose(one, two, atol=1e-5)
 

@@ -134,6 +134,7 @@ def quick(seed: int) -> Setting:
     return Setting(start, tasks, learning, TrainingSettings(steps=30, batch_size=20, learning_rate=5e-3, warmup=1))
 
 
+@pytest.mark.slow
 def test_a_study_runs_and_does_not_measure_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     claims = run(quick, range(1), tmp_path)
     folder = tmp_path / "seed-0"
