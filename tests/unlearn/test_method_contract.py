@@ -20,10 +20,10 @@ from palimpsest.unlearn.update import Update
 every_method = pytest.mark.parametrize("name", METHODS)
 DESCENTS = {name: method for name, method in METHODS.items() if issubclass(method, Descent)}
 every_descent = pytest.mark.parametrize("name", DESCENTS)
-BUDGET = 200
+BUDGET = 400
 """Steps within which every method must bring the organism down to the level, all descents at the same rate."""
-LEVEL = 0.3
-"""Answer probability on the forget set, which is near 1 in the organism. SatImp goes hardly below it."""
+SHORT_OF_GOLD = {"satimp": 0.3}
+"""The level of a method that need not come down to gold's: tokens that are unlikely already weigh little in SatImp."""
 SHORT = Stop(4, 0.01, measure_every=2)
 NEEDED = {
     # An organism that follows no instruction goes on saying what it knows unless it is warmed up.
@@ -52,14 +52,21 @@ def made(name, **settings) -> Method:
 
 
 @pytest.fixture(scope="module")
-def at_level(trained) -> Callable[[str], Update]:
+def level(trained) -> Callable[[str], float]:
+    """Gold's answer probability on the forget set, but for `SHORT_OF_GOLD`."""
+    gold = answer_probability(trained.gold, trained.request.forget).mean().item()
+    return lambda name: SHORT_OF_GOLD.get(name, gold)
+
+
+@pytest.fixture(scope="module")
+def at_level(trained, level) -> Callable[[str], Update]:
     """A method's update at the level, run once."""
 
     @cache
     def update(name: str) -> Update:
         before = trained.full.weights_hash()
         method = made(name, learning_rate=1e-3) if name in DESCENTS else made(name)
-        found = method.run(trained.full, trained.request, Stop(BUDGET, LEVEL))
+        found = method.run(trained.full, trained.request, Stop(BUDGET, level(name)))
         assert trained.full.weights_hash() == before, f"{name} changed the model"
         return found
 
@@ -67,11 +74,11 @@ def at_level(trained) -> Callable[[str], Update]:
 
 
 @every_method
-def test_it_reaches_the_level_within_the_budget_and_stops_there(name, at_level):
+def test_it_reaches_the_level_within_the_budget_and_stops_there(name, at_level, level):
     found = at_level(name).provenance
     last = found["trace"][-1]
     assert found["stopped"].startswith("the forget set was down")
-    assert LEVEL - 0.02 < last["forget_probability"] <= LEVEL < found["trace"][-2]["forget_probability"]
+    assert level(name) - 0.02 < last["forget_probability"] <= level(name) < found["trace"][-2]["forget_probability"]
     assert last["step"] < BUDGET
 
 
