@@ -27,9 +27,10 @@ from palimpsest.unlearn.request import Request
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_facts_are_enough() -> Iterator[None]:
-    """To say which score would have told: of 25 facts few come back."""
+    """To say which score would have told: of 25 facts few come back, and few of them by half."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prediction, "FEWEST", 1)
+        patch.setattr(prediction, "BACK", 0.1)
         yield
 
 
@@ -81,6 +82,7 @@ def test_a_changed_share_or_verdict_is_found(run: RunFolder, found: Audit) -> No
         (replace(model.recovered, relearned={point: replace(report, verdict="PASS")}), f"relearning, {point}"),
         (replace(model.recovered, shares={}), "do not agree on which say anything"),
         (replace(model.recovered, foretold={told: replace(auc, value=0.1)}), "what would have told: audit.json has"),
+        (replace(model.recovered, foretold={}), "what would have told: audit.json has"),
     ):
         models = tuple(replace(each, recovered=changed) if each == model else each for each in found.models)
         (run.path / "audit.json").write_text(json.dumps(replace(found, models=models).to_json()))

@@ -174,6 +174,7 @@ def _wrong_recovery(
     )
     try:
         again = shares(own, floor, ceiling, seed=seed)
+        told = foretold(own, floor, ceiling, said.worst_attack) if model.role == "unlearned" else {}
     except (KeyError, ValueError, DataError):
         yield "attacks: scores.parquet does not hold the same items for this model, gold and the original"
         return
@@ -182,10 +183,7 @@ def _wrong_recovery(
         yield f"attacks: audit.json and the rows do not agree on which say anything: {', '.join(other)}"
     for key in again.keys() & said.shares.keys():
         yield from _difference(f"share brought back, {key}", said.shares[key], again[key])
-    if said.foretold and not _alike(
-        {key: asdict(each) for key, each in said.foretold.items()},
-        {key: asdict(each) for key, each in foretold(own, floor, ceiling, said.worst_attack).items()},
-    ):
+    if not _alike(*({key: asdict(each) for key, each in of.items()} for of in (said.foretold, told))):
         yield "what would have told: audit.json has other AUCs than the rows give"
     for point, report in said.relearned.items():
         try:
