@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from tests.models.tiny_families import tiny
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from palimpsest.data.batches import Batch, Encoded, collate
 from palimpsest.early_exit.stack import DECODERS, ENCODERS, Given, Stack
 from palimpsest.errors import ModelError
-from tests.models.tiny_families import tiny
 
 SIZES = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
 

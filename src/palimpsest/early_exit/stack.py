@@ -107,7 +107,7 @@ class Stack:
 
     @property
     def d_model(self) -> int:
-        """d."""
+        """D."""
         width: int = self.network.config.hidden_size
         return width
 
