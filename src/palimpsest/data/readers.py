@@ -48,7 +48,7 @@ def read_records(path_or_hub_id: str | Path, format: Format | None = None) -> li
     name = str(path_or_hub_id)
     path = Path(path_or_hub_id)
     if path.exists():
-        return _records(name, path.stem, _file_rows(path, format), format)
+        return _records(name, path.stem, file_rows(path, format), format)
     hub_id = _HUB_ID.fullmatch(name)
     if path.suffix.lower() in CONTAINERS or not hub_id:
         raise DataError(f"{name}: there is no such file; give a file, or a hub id such as owner/name")
@@ -107,7 +107,14 @@ def _records(name: str, stem: str, rows: Rows, format: Format | None) -> list[Re
     return records
 
 
-def _file_rows(path: Path, format: Format | None) -> Rows:
+def file_rows(path: Path, format: Format | None = None) -> Rows:
+    """The rows of a file, whatever they hold.
+
+    Raises:
+        DataError: no such file, an unknown suffix, or rows of another schema than `format`.
+    """
+    if not path.exists():
+        raise DataError(f"{path}: there is no such file")
     suffix = path.suffix.lower()
     if path.is_dir():
         raise DataError(f"{path}: is a folder; name one file in it")

@@ -5,8 +5,10 @@ known on the way and then suppressed. So all of them are given together. Layers 
 reads, L the model itself.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from palimpsest.data.batches import Encoded
@@ -50,6 +52,46 @@ def answer_depth(trajectory: Trajectory, row: Encoded) -> AnswerDepth:
     same = predicted == predicted[-1]
     tokens = tuple(_depth(right[:, token], same[:, token]) for token in range(right.shape[1]))
     return AnswerDepth(_depth(right.all(1), same.all(1)), tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class DepthTable:
+    """The depths of N answers at once; 0 stands for none. See `Depth` for what each is."""
+
+    first_hit: Tensor
+    """[N]"""
+    memorised: Tensor
+    """[N]"""
+    predicted: Tensor
+    """[N]"""
+    suppressed: Tensor
+    """[N]"""
+
+
+def depth_table(right: Tensor, same: Tensor, layers: Sequence[int]) -> DepthTable:
+    """The depths of N answers from what each of E layers says of them, the last being the model.
+
+    Args:
+        right: [N, E] bool, whether a layer is right.
+        same: [N, E] bool, whether it says what the model says.
+        layers: [E] which layers they are, rising from 1 or more.
+    """
+    names, last = torch.tensor([*layers, layers[-1] + 1]), right.shape[1]
+
+    def from_then_on(agrees: Tensor) -> Tensor:
+        return last - agrees.flip(1).long().cumprod(1).sum(1)
+
+    def first(hits: Tensor) -> Tensor:
+        return hits.long().argmax(1)
+
+    none, hit, solved = torch.tensor(0), right.any(1), right[:, -1]
+    after_last_hit = last - first(right.flip(1))
+    return DepthTable(
+        first_hit=torch.where(hit, names[first(right)], none),
+        memorised=torch.where(solved, names[from_then_on(right).clamp(max=last - 1)], none),
+        predicted=names[from_then_on(same)],
+        suppressed=torch.where(hit & ~solved, names[after_last_hit.clamp(max=last)], none),
+    )
 
 
 def chance_of_a_hit(n_candidates: float, n_layers: int) -> float:

@@ -1,0 +1,142 @@
+"""Whether to exit, and what that is worth: a small gate at every exit, and the objective that trains all of them.
+
+The gates of a row give every exit a probability, pi_t = p_t * prod_{s<t} (1 - p_s), the last exit being forced. What is
+minimised is the expected cost over it, of the loss there and of the time that it took. ConsistentEE (Zeng et al. 2024,
+arXiv 2312.11882) estimates that by sampling exits (REINFORCE); since one forward pass tells what every exit would have
+cost, it can as well be summed up exactly, with the same gradient in expectation and no noise.
+
+Shapes: N examples (rows, or tokens), E exits of which the last is the whole network, d the model's width.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, logsigmoid
+
+Hardness = Literal["none", "memorized", "solvable"]
+
+
+class Policy(nn.Module):
+    """A gate at every exit but the last: norm, d to 32, GELU, to one logit; it reads the price of time too.
+
+    The price is one input, so a single policy serves every trade of accuracy for time.
+    """
+
+    def __init__(self, n_exits: int, width: int, *, n_features: int = 0, hidden: int = 32, seed: int = 0) -> None:
+        """A policy that has learned nothing: every exit is as likely as any other.
+
+        With gates of one half, the last of 32 exits would be reached once in 2^31 rows, and would never be learned.
+
+        Args:
+            n_exits: E.
+            width: d.
+            n_features: of further inputs, such as how sure the exit's head is.
+            hidden: width of the gate.
+            seed: of the initialisation.
+        """
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        n_gates, n_inputs = n_exits - 1, width + n_features + 1
+        self.inner = nn.Parameter(torch.randn(n_gates, hidden, n_inputs, generator=generator) * n_inputs**-0.5)
+        self.inner_bias = nn.Parameter(torch.zeros(n_gates, hidden))
+        self.outer = nn.Parameter(torch.zeros(n_gates, hidden))
+        odds = 1 / torch.arange(n_exits - 1, 0, -1)
+        self.outer_bias = nn.Parameter(odds.log())  # 1 of the exits that are left
+        self.width, self.n_features = width, n_features
+
+    @property
+    def n_exits(self) -> int:
+        """E."""
+        return len(self.outer) + 1
+
+    def forward(self, states: Tensor, log_price: Tensor, features: Tensor | None = None) -> Tensor:
+        """[N, E - 1] the logit of exiting at each exit, given that it was reached.
+
+        Args:
+            states: [N, E - 1, d] the hidden states there.
+            log_price: [N] the logarithm of the price of a whole pass, in nats.
+            features: [N, E - 1, F], where the policy was made for some.
+        """
+        return self._gated(states, log_price, features, slice(None))
+
+    def at(self, exit: int, states: Tensor, log_price: Tensor, features: Tensor | None = None) -> Tensor:
+        """[N] the same of one exit, counted from 0, from its states [N, d] and features [N, F]."""
+        features = None if features is None else features[:, None]
+        return self._gated(states[:, None], log_price, features, slice(exit, exit + 1))[:, 0]
+
+    def _gated(self, states: Tensor, log_price: Tensor, features: Tensor | None, gates: slice) -> Tensor:
+        normed = nn.functional.layer_norm(states.float(), (self.width,))
+        prices = log_price[:, None, None].expand(-1, states.shape[1], 1)
+        inputs = torch.cat([normed, prices] if features is None else [normed, features, prices], -1)
+        inner = torch.einsum("ngi,ghi->ngh", inputs, self.inner[gates]) + self.inner_bias[gates]
+        return (gelu(inner) * self.outer[gates]).sum(-1) + self.outer_bias[gates]
+
+
+def log_exit_probabilities(gates: Tensor) -> Tensor:
+    """[N, E] log pi of every exit, from the gates' logits [N, E - 1]."""
+    stay = logsigmoid(-gates).cumsum(1)
+    reached = torch.cat([torch.zeros_like(stay[:, :1]), stay], 1)
+    return reached + torch.cat([logsigmoid(gates), torch.zeros_like(stay[:, :1])], 1)
+
+
+def priced(losses: Tensor, price: Tensor, times: Tensor, weights: Tensor | None = None) -> Tensor:
+    """[N, E] what exiting anywhere costs: the loss there, and the time at its price.
+
+    Args:
+        losses: [N, E] nats.
+        price: [N] of a whole pass, nats.
+        times: [E] until each exit, as a share of a whole pass.
+        weights: [N] how much an example's time counts, 1 unless given; see `hardness_weights`.
+    """
+    price = price if weights is None else price * weights
+    return losses + price[:, None] * times
+
+
+def exact_objective(gates: Tensor, costs: Tensor) -> Tensor:
+    """The mean expected cost. Gradients flow to gates and costs: a head is trained as much as its exit is used.
+
+    Args:
+        gates: [N, E - 1] logits.
+        costs: [N, E] of exiting at each exit.
+    """
+    return (log_exit_probabilities(gates).exp() * costs).sum(1).mean()
+
+
+def reinforce_objective(gates: Tensor, costs: Tensor, generator: torch.Generator, *, samples: int = 8) -> Tensor:
+    """A sampled surrogate whose mean gradient is that of `exact_objective` (ConsistentEE; Williams 1992).
+
+    The baseline is the mean over an example's samples, which alone would make the gradient smaller by a factor of
+    (samples - 1) / samples; that is put right.
+
+    Args:
+        gates: [N, E - 1] logits.
+        costs: [N, E] of exiting at each exit.
+        generator: draws the exits.
+        samples: exits drawn for an example, two or more; they share its one forward pass.
+    """
+    log_pi = log_exit_probabilities(gates)
+    exits = torch.multinomial(log_pi.detach().exp(), samples, replacement=True, generator=generator)
+    taken = costs.gather(1, exits)
+    advantage = (taken - taken.mean(1, keepdim=True)).detach() * samples / (samples - 1)
+    return (advantage * log_pi.gather(1, exits)).mean() + taken.mean()
+
+
+def hardness_weights(memorised: Tensor, solved: Tensor, n_layers: int, hardness: Hardness) -> Tensor:
+    """[N] how much an example's time counts.
+
+    - `none`: 1.
+    - `memorized`: 1 - m / L, the paper's, with m = L where the last layer is wrong. What nothing solves has all the
+      time it wants.
+    - `solvable`: the same where the last layer is right, and 1 where it is wrong: no time is given to a lost cause.
+
+    Args:
+        memorised: [N] the layer from which on the label is predicted to the end, counted from 1; any where not solved.
+        solved: [N] bool, whether the last layer predicts it.
+        n_layers: L.
+        hardness: which.
+    """
+    if hardness == "none":
+        return torch.ones(len(memorised))
+    weights = 1 - memorised.float() / n_layers
+    return weights.where(solved, torch.tensor(0.0 if hardness == "memorized" else 1.0))
