@@ -87,13 +87,24 @@ def read_examples(path: str | Path) -> tuple[list[str], list[str]]:
     """The texts and labels of a file whose rows have the fields `text` and `label` (JSON lines, JSON, CSV, Parquet).
 
     Raises:
-        DataError: no such file, or a row without one of the two; the message names file, row and field.
+        DataError: no such file, no rows, or a row without one of the two; the message names file, row and field.
     """
-    texts, labels = [], []
-    for row, fields in file_rows(Path(path)):
-        for field in ("text", "label"):
-            if fields.get(field) in (None, ""):
-                raise DataError(f"{path}: row {row}: field {field!r} is missing; a row has a text and a label")
-        texts.append(str(fields["text"]))
-        labels.append(str(fields["label"]))
+    texts, labels = _fields(path, ("text", "label"))
     return texts, labels
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """The texts of a file whose rows have the field `text`; errors as those of `read_examples`."""
+    return _fields(path, ("text",))[0]
+
+
+def _fields(path: str | Path, names: Sequence[str]) -> list[list[str]]:
+    found: list[list[str]] = [[] for _ in names]
+    for row, fields in file_rows(Path(path)):
+        for name, values in zip(names, found, strict=True):
+            if fields.get(name) in (None, ""):
+                raise DataError(f"{path}: row {row}: field {name!r} is missing; a row has {' and '.join(names)}")
+            values.append(str(fields[name]))
+    if not found[0]:
+        raise DataError(f"{path}: holds no rows")
+    return found
