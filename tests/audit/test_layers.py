@@ -70,6 +70,17 @@ def test_the_most_telling_layer_is_no_less_than_any(layers: Layers, trained: Org
     assert by_measure["forget/legible_probability"] == [max(values) for values in zip(*one_by_one, strict=True)]
 
 
+def test_where_an_answer_is_decided_counts_what_is_no_longer_said_too(layers: Layers, trained: Organism) -> None:
+    original, gold, quiet = (means(layers, model) for model in (trained.full, trained.gold, muted(trained.full)))
+    never = trained.full.anatomy.n_layers + 1
+    assert original["forget/said_by_some_layer"] > 0.9 and original["forget/taken_back"] < 0.1
+    assert original["forget/decided_at"] < gold["forget/decided_at"] <= never
+    # Muting leaves the layer below as it was, and takes back at the end what it says.
+    assert quiet["forget/taken_back"] > 0.2
+    assert original["forget/decided_at"] < quiet["forget/decided_at"] <= never
+    assert quiet["forget/said_by_some_layer"] >= quiet["forget/taken_back"]
+
+
 def test_without_golds_lens_nothing_is_anchored(trained: Organism, lenses: Lenses) -> None:
     alone = Layers(Lenses(lenses.original), trained.request, trained.full, None)
     assert "forget/erased_from_layers" not in means(alone, trained.full)

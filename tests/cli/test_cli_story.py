@@ -299,6 +299,7 @@ def test_the_verbs() -> None:
         ),
         *("lens", "lens fit", "lens eval", "lens show", "lens detect"),
         *("concepts", "concepts find", "concepts evaluate", "concepts ablate"),
+        *("exit", "exit fit", "exit classify", "exit bench"),
         *("update", "update show", "update reapply", "update adapter"),
         *("studies", "studies run"),
         *(

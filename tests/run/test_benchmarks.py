@@ -97,11 +97,21 @@ def wmdp(tmp_path_factory: pytest.TempPathFactory) -> Benchmark:
     )
 
 
+LAYERED = (
+    "legible_probability",
+    "within_reach",
+    "said_by_some_layer",
+    "taken_back",
+    "decided_at",
+    "erased_from_layers",
+)
+
+
 def test_wmdp_leaves_evidence_that_verifies(wmdp: Benchmark) -> None:
     assert verify(wmdp.folder).ok
     assert [model.name for model in wmdp.audit.models] == ["original", "gold", "sham", "grad_diff"]
     keys = [measure.key for measure in wmdp.audit.measures]
-    inside = {f"forget/{name}" for name in ("legible_probability", "within_reach", "erased_from_layers")}
+    inside = {f"forget/{name}" for name in LAYERED}
     inside |= {"forget/unlearning_depth", *(key for key in keys if key.startswith("forget_recovery"))}
     assert "forget_recovery/restore_value_lpr" in inside < set(keys)
     by_layer = ("forget_layers/", "forget_depth_layers/")

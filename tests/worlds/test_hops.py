@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palimpsest.worlds.hops import PLACES, HopsWorld
+from palimpsest.worlds.hops import NOISE, PLACES, HopsWorld
 
 WORLD = HopsWorld()
 
@@ -13,11 +13,11 @@ WORLD = HopsWorld()
 @given(st.integers(0, 2**16))
 def test_the_answer_is_where_the_edges_lead(seed: int) -> None:
     for question in WORLD.questions(20, seed):
-        *edges, here, hops = question.text.split()
+        *edges, (here, hops) = question.text.split()
         leads = {edge[0]: edge[1] for edge in edges}
         assert sorted(leads) == sorted(leads.values()) == list(PLACES)
         if question.hops is None:
-            assert hops == "noise" and question.way == () and question.answer in PLACES
+            assert hops == NOISE and question.way == () and question.answer in PLACES
             continue
         assert hops == str(question.hops) == str(len(question.way))
         for step in question.way:

@@ -13,6 +13,7 @@ from palimpsest.data.batches import Encoded, encode
 from palimpsest.data.records import subject_of
 from palimpsest.lens.erasure import AnswerReading, erasure_ratio, found_by_candidates, read_answers
 from palimpsest.lens.lens import Lens
+from palimpsest.lens.trajectory import first_of_last_run
 from palimpsest.metrics.scores import Measure, Row
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.unlearn.request import Request
@@ -85,13 +86,46 @@ class Layers:
             "that some layer of the original knows better than gold.",
             "toward gold",
         )
-        return (legible, reach, *([erased] if any(self._anchored) else []), *by_layer)
+        said = Measure(
+            "said_by_some_layer",
+            "forget",
+            f"depth@{lens}: some layer's, or the model's, likeliest tokens are the answer",
+            "share",
+            "Answer said by some layer",
+            "The share of answers that some layer would give if it were the last.",
+            "toward gold",
+        )
+        taken_back = Measure(
+            "taken_back",
+            "forget",
+            f"depth@{lens}: some layer's likeliest tokens are the answer, the model's are not",
+            "share",
+            "Answer said and taken back",
+            "The share of answers that some layer gives and a later one takes back.",
+            "toward gold",
+        )
+        decided = Measure(
+            "decided_at",
+            "forget",
+            f"depth@{lens}: the first layer from which on the likeliest tokens are the answer, to the end; "
+            f"{n_layers + 1} where the model is wrong",
+            "layer",
+            "Layer at which the answer is decided",
+            f"How deep the answer lies, over all answers, those that are no longer said counting as {n_layers + 1}, "
+            "so that it is no mean over survivors.",
+            "toward gold",
+        )
+        return (legible, reach, said, taken_back, decided, *([erased] if any(self._anchored) else []), *by_layer)
 
     def rows(self, name: str, model: LanguageModel) -> Iterator[Row]:
         """What was measured of one model, item by item."""
         read = self._read(model)
         values = {"forget/legible_probability": [reading.probability.max().item() for reading in read]}
         values["forget/within_reach"] = found_by_candidates(read, CANDIDATES).double().tolist()
+        right = [reading.right for reading in read]
+        values["forget/said_by_some_layer"] = [float(by_layer.any()) for by_layer in right]
+        values["forget/taken_back"] = [float(by_layer.any() and not by_layer[-1]) for by_layer in right]
+        values["forget/decided_at"] = [float(first_of_last_run(by_layer)) for by_layer in right]
         for layer in range(self.original.anatomy.n_layers + 1):
             values[f"{BY_LAYER}/{_key(layer)}"] = [reading.probability[layer].item() for reading in read]
         for measure, of_items in values.items():

@@ -12,6 +12,7 @@ from palimpsest.cli import (
     compare,
     concepts,
     doctor,
+    exit,
     lens,
     metrics,
     report,
@@ -46,6 +47,7 @@ app.command("unlearn")(unlearn.unlearn)
 app.add_typer(update.app, name="update")
 app.add_typer(lens.app, name="lens")
 app.add_typer(concepts.app, name="concepts")
+app.add_typer(exit.app, name="exit")
 app.command("audit")(audit.audit)
 app.command("verify")(verify.verify)
 app.command("report")(report.report)

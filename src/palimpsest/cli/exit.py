@@ -69,11 +69,10 @@ def fit(
     if as_json:
         print_json({"out": str(out), "layers": exits.layers, "classes": exits.classes, "point": asdict(point)})
         return
-    console.print(
+    Console(highlight=False).print(
         f"{out}: {point.layers:.2f} of {exits.stack.n_layers} blocks a row, accuracy {point.accuracy:.3f} where all "
         f"blocks have {point.full_accuracy:.3f} (the drop is between {point.drop_low:+.3f} and {point.drop_high:+.3f} "
-        f"with 95 % confidence, {point.n} held-out rows)",
-        highlight=False,
+        f"with 95 % confidence, {point.n} held-out rows)"
     )
 
 

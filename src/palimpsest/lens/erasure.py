@@ -35,6 +35,11 @@ class AnswerReading:
         """[L + 1] P(answer | question)^(1 / tokens) at each layer."""
         return self.logprobs.mean(1).exp()
 
+    @property
+    def right(self) -> Tensor:
+        """[L + 1] bool, whether a layer's likeliest tokens are the answer, each after those before it."""
+        return (self.ranks == 1).all(1)
+
 
 def read_answers(
     lens: Lens,

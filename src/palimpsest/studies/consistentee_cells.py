@@ -28,11 +28,13 @@ from palimpsest.files import atomic_path
 from palimpsest.models.tokenizers import word_tokenizer
 from palimpsest.progress import console
 from palimpsest.studies.cells import Cell, kept
-from palimpsest.worlds.hops import PLACES, Hop, HopsWorld
+from palimpsest.worlds.hops import NOISE, PLACES, Hop, HopsWorld
 
 CELLS = ("matched", "exact", "consistentee")
 WORLD = HopsWorld()
 LAYERS = 6
+SCALE = 0.1
+"""Of the embeddings at first."""
 BUDGETS = (1.5, 2.0, 2.5, 3.0)
 """Blocks an example, on average."""
 PRICES = (0.06, 3.0)
@@ -140,10 +142,23 @@ class Networks:
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=32,
-            tie_word_embeddings=True,
         )
-        encoder = Encoder(LlamaForCausalLM(config), self.tokenizer, f"hops-{self.seed}")
+        network = LlamaForCausalLM(config)
+        self._compose(network)
+        encoder = Encoder(network, self.tokenizer, f"hops-{self.seed}")
         return ExitClassifier.of(encoder, tuple(PLACES), seed=self.seed)
+
+    def _compose(self, network: LlamaForCausalLM) -> None:
+        """Let each word's embedding begin as the sum of its two letters', so that what they mean need not be learned."""
+        generator = torch.Generator().manual_seed(self.seed)
+        width, letters = self.sizes.width, f"{PLACES}{NOISE}{''.join(map(str, range(WORLD.most + 1)))}"
+        first, second = (
+            {letter: SCALE * torch.randn(width, generator=generator) for letter in letters} for _ in range(2)
+        )
+        with torch.no_grad():
+            for word, token in self.tokenizer.get_vocab().items():
+                if len(word := word.strip()) == 2:
+                    network.get_input_embeddings().weight[token] = first[word[0]] + second[word[1]]
 
     def _matched(self) -> Cell:
         exits = self.first_stage()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 PLACES = "abcdefgh"
+NOISE = "x"
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,7 @@ class Hop:
     """One question."""
 
     text: str
-    """Eight edges in any order, then the start and how many hops: `ac ba hd ... d 3`."""
+    """Eight edges in any order, then the start and how many hops, x for noise: `ac ba hd ... d3`."""
     answer: str
     """The place where they lead; of a noise question any."""
     hops: int | None
@@ -42,7 +43,7 @@ class HopsWorld:
     def vocabulary_texts(self) -> Iterator[str]:
         """Texts that hold every word."""
         yield " ".join(one + other for one in PLACES for other in PLACES)
-        yield " ".join([*PLACES, *map(str, range(self.most + 1)), "noise"])
+        yield " ".join(one + hops for one in PLACES for hops in (*map(str, range(self.most + 1)), NOISE))
 
     def _question(self, rng: random.Random) -> Hop:
         targets = rng.sample(PLACES, len(PLACES))
@@ -51,10 +52,10 @@ class HopsWorld:
         rng.shuffle(edges)
         start = rng.choice(PLACES)
         if rng.random() < self.noise:
-            return Hop(f"{' '.join(edges)} {start} noise", rng.choice(PLACES), None, ())
+            return Hop(f"{' '.join(edges)} {start}{NOISE}", rng.choice(PLACES), None, ())
         hops = rng.randrange(self.most + 1)
         way, here = [], start
         for _ in range(hops):
             here = leads[here]
             way.append(here)
-        return Hop(f"{' '.join(edges)} {start} {hops}", here, hops, tuple(way))
+        return Hop(f"{' '.join(edges)} {start}{hops}", here, hops, tuple(way))
