@@ -149,16 +149,17 @@ class Networks:
         return ExitClassifier.of(encoder, tuple(PLACES), seed=self.seed)
 
     def _compose(self, network: LlamaForCausalLM) -> None:
-        """Let each word's embedding begin as the sum of its two letters', so that what they mean need not be learned."""
+        """Let each word's embedding begin as the sum of its letters', so that what they mean need not be learned."""
         generator = torch.Generator().manual_seed(self.seed)
         width, letters = self.sizes.width, f"{PLACES}{NOISE}{''.join(map(str, range(WORLD.most + 1)))}"
         first, second = (
             {letter: SCALE * torch.randn(width, generator=generator) for letter in letters} for _ in range(2)
         )
+        embedding = network.get_input_embeddings().get_parameter("weight")
         with torch.no_grad():
             for word, token in self.tokenizer.get_vocab().items():
                 if len(word := word.strip()) == 2:
-                    network.get_input_embeddings().weight[token] = first[word[0]] + second[word[1]]
+                    embedding[token] = first[word[0]] + second[word[1]]
 
     def _matched(self) -> Cell:
         exits = self.first_stage()
