@@ -72,7 +72,7 @@ class Recovered:
 
 
 @dataclass(frozen=True, eq=False)
-class Recovery:
+class KnowledgeRecovery:
     """What putting parts of the original into an unlearned model recovers of n answers, by three losses."""
 
     mse: Recovered
@@ -124,7 +124,7 @@ def patching_recovery(
     batch_size: int = 16,
     memory: int = MEMORY,
     report: Report | None = None,
-) -> list[Recovery]:
+) -> list[KnowledgeRecovery]:
     """What each plan recovers, if the original's activations are patched into the unlearned model.
 
     Args:
@@ -159,7 +159,7 @@ def recoveries(
     sites: Sequence[Site] = (),
     batch_size: int = 16,
     report: Report | None = None,
-) -> list[Recovery]:
+) -> list[KnowledgeRecovery]:
     """What each of so many changes of the unlearned model recovers.
 
     Args:
@@ -189,7 +189,7 @@ def recoveries(
             done += 1
             if report:
                 report(done, in_all, f"row {own[-1] + 1}")
-    return [Recovery(*map(Recovered, before, losses)) for losses in after]
+    return [KnowledgeRecovery(*map(Recovered, before, losses)) for losses in after]
 
 
 @dataclass(frozen=True, eq=False)

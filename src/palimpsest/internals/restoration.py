@@ -16,7 +16,7 @@ from palimpsest.data.batches import Encoded
 from palimpsest.errors import ModelError
 from palimpsest.internals.patching import layer_windows, refuse_unlike
 from palimpsest.internals.recording import Recording
-from palimpsest.internals.recovery import Recovery, recoveries
+from palimpsest.internals.recovery import KnowledgeRecovery, recoveries
 from palimpsest.models.anatomy import Anatomy, Site
 from palimpsest.models.language_model import LanguageModel, evaluating
 from palimpsest.models.scoring import Predictions, predict
@@ -99,7 +99,7 @@ def restoration_recovery(
     *,
     batch_size: int = 16,
     report: Report | None = None,
-) -> list[Recovery]:
+) -> list[KnowledgeRecovery]:
     """What each restoration recovers.
 
     Args:

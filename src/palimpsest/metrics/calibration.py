@@ -13,8 +13,8 @@ from palimpsest.metrics.membership import MembershipScores
 
 
 @dataclass(frozen=True, slots=True)
-class Attack:
-    """What was chosen on the calibration items."""
+class MembershipAttack:
+    """An attack on membership, as it was chosen on the calibration items."""
 
     name: str
     """One of the attacks, its k included: `min_k@0.2`."""
@@ -62,7 +62,7 @@ def halves(scores: MembershipScores, *, seed: int) -> tuple[MembershipScores, Me
     )
 
 
-def calibrate(members: MembershipScores, nonmembers: MembershipScores) -> Attack:
+def calibrate(members: MembershipScores, nonmembers: MembershipScores) -> MembershipAttack:
     """The attack and sign with the largest AUC on these items, the first of equals, with its best threshold.
 
     Raises:
@@ -78,10 +78,10 @@ def calibrate(members: MembershipScores, nonmembers: MembershipScores) -> Attack
     ]
     value, name, sign = max(tried, key=lambda one: one[0])
     threshold = best_threshold(sign * members.costs[name], sign * nonmembers.costs[name])
-    return Attack(name, sign < 0, threshold, value, frozenset((*members.items, *nonmembers.items)))
+    return MembershipAttack(name, sign < 0, threshold, value, frozenset((*members.items, *nonmembers.items)))
 
 
-def try_attack(attack: Attack, members: MembershipScores, nonmembers: MembershipScores) -> Attacked:
+def try_attack(attack: MembershipAttack, members: MembershipScores, nonmembers: MembershipScores) -> Attacked:
     """What a chosen attack does on other items.
 
     Raises:

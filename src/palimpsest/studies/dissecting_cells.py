@@ -19,7 +19,7 @@ from palimpsest.internals.concept_traces import vector_traces
 from palimpsest.internals.depth import logprob_drops, unlearning_depth
 from palimpsest.internals.patching import SETTINGS, Plan
 from palimpsest.internals.probes import probe_layers
-from palimpsest.internals.recovery import Recovery, patching_recovery
+from palimpsest.internals.recovery import KnowledgeRecovery, patching_recovery
 from palimpsest.internals.restoration import IN_BLOCKS, Group, Restoration, restoration_recovery
 from palimpsest.internals.side_effects import activation_shifts
 from palimpsest.internals.value_vectors import ValueVector
@@ -129,6 +129,6 @@ def at_layer(name: str, layer: int) -> str:
     return f"{name} at layer {layer}"
 
 
-def _forms(recovery: Recovery) -> Mapping[str, float | None]:
+def _forms(recovery: KnowledgeRecovery) -> Mapping[str, float | None]:
     """The four forms of the Knowledge Recovery Score."""
     return {form: getattr(recovery, form) for form in ("krs", "krs_of_sums", "krs_kl", "lpr")}
