@@ -306,6 +306,8 @@ def test_the_verbs() -> None:
             f"studies run {name}"
             for name in (
                 "concept_vectors",
+                "conjugate_prompting",
+                "consistentee",
                 "dissecting",
                 "implicit_inference",
                 "kfade",

@@ -11,6 +11,7 @@ from palimpsest.cli import studies
 from palimpsest.studies import (
     concept_vectors,
     conjugate_prompting,
+    consistentee,
     dissecting,
     kfade,
     recovery,
@@ -49,7 +50,7 @@ def test_people_get_a_table(asked: list[kfade.Plan]) -> None:
     assert all(word in out for word in ("a/people", "0.25 to 0.75", "reproduced", "d/people/[x]"))
 
 
-@pytest.mark.parametrize("study", [dissecting, concept_vectors, recovery, conjugate_prompting])
+@pytest.mark.parametrize("study", [dissecting, concept_vectors, recovery, conjugate_prompting, consistentee])
 def test_a_study_of_models_takes_every_one_unless_some_are_named(
     study: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -57,17 +58,23 @@ def test_a_study_of_models_takes_every_one_unless_some_are_named(
     runs: list[tuple[Any, ...]] = []
     monkeypatch.setattr(study, "run", lambda *asked: runs.append(asked) or CLAIMS)
     assert invoke("studies", "run", name)[0] == 0
-    some = ["--cell", "sham", "--seeds", 2, "--first-seed", 4, "--out", tmp_path]
+    some = ["--cell", study.CELLS[0], "--seeds", 2, "--first-seed", 4, "--out", tmp_path]
     assert invoke("studies", "run", name, *some)[0] == 0
     (seeds, folder, every), few = runs
     assert every == study.CELLS and list(seeds) == [0, 1, 2, 3, 4] and folder == Path("runs/studies") / name
-    assert few == (range(4, 6), tmp_path / name, ["sham"])
+    assert few == (range(4, 6), tmp_path / name, [study.CELLS[0]])
 
 
 def test_every_study_says_what_it_asks_without_being_loaded() -> None:
     code, out, _ = invoke("studies", "run", "--help")
     assert code == 0
-    assert set(studies.OF_MODELS) == {"dissecting", "concept_vectors", "recovery", "conjugate_prompting"}
+    assert set(studies.OF_MODELS) == {
+        "dissecting",
+        "concept_vectors",
+        "recovery",
+        "conjugate_prompting",
+        "consistentee",
+    }
     told = " ".join(out.replace("│", " ").split())
     for question in studies.OF_MODELS.values():
         assert question in told

@@ -78,8 +78,9 @@ OF_MODELS = {
     "concept_vectors": "Is a concept one vector, does the model use it, and does its fate tell what was erased?",
     "recovery": "Can someone get it back: by relearning, rounding, other prompts, projections; what tells beforehand?",
     "conjugate_prompting": "Does what was unlearned in one language come back in another, and was it one memory?",
+    "consistentee": "Does a learned exit beat confidence at equal depth, and does training for it add anything?",
 }
-"""The studies that measure `unlearned_models`, each by instruments of its own: the module's name and what it asks."""
+"""The studies whose cells are models, and which take nothing else: the module's name and what it asks."""
 
 
 def of_models(
