@@ -33,14 +33,14 @@ from palimpsest.worlds.hops import NOISE, PLACES, Hop, HopsWorld
 CELLS = ("matched", "exact", "consistentee")
 WORLD = HopsWorld()
 LAYERS = 6
-SCALE = 0.1
+SCALE = 0.3
 """Of the embeddings at first."""
 BUDGETS = (1.5, 2.0, 2.5, 3.0)
 """Blocks an example, on average."""
 PRICES = (0.06, 3.0)
 """Of a whole pass, nats: 0.01 to 0.5 a block."""
 HOPS = ExitTraining(steps=1500, batch_size=128, learning_rate=1e-3, muon_learning_rate=0.02)
-STAGE = ExitTraining(steps=300, batch_size=128, learning_rate=5e-4, muon_learning_rate=0.005)
+STAGE = ExitTraining(steps=250, batch_size=128, learning_rate=5e-4, muon_learning_rate=0.005)
 WAYS: Mapping[str, tuple[Estimator, Hardness]] = {
     "exact": ("exact", "none"),
     "reinforce": ("reinforce", "none"),
@@ -142,6 +142,7 @@ class Networks:
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=32,
+            rope_theta=1e8,  # where an edge stands tells nothing
         )
         network = LlamaForCausalLM(config)
         self._compose(network)
