@@ -1,7 +1,7 @@
 """Learning a reward from preferences, beside a sampler that learns from it, or from episodes that are there already.
 
-In turn, a sampler acts, pairs of what it did are compared, a reward is fitted to all comparisons, and the sampler learns
-from that reward (Christiano et al. 2017, arXiv 1706.03741). Shapes: S seeds, n cells, A moves, H steps.
+In turn, a sampler acts, pairs of what it did are compared, a reward is fitted to all comparisons, and the sampler
+learns from that reward (Christiano et al. 2017, arXiv 1706.03741). Shapes: S seeds, n cells, A moves, H steps.
 """
 
 from collections.abc import Sequence
@@ -102,8 +102,8 @@ class LearnedReward:
     reward: FrozenReward
     comparisons: Comparisons
     """All that were made, those too that the reward was no longer fitted to."""
-    model: RewardModel
-    """What the reward is of, unfrozen."""
+    model: RewardModel | None
+    """What the reward is of, unfrozen; None of a reward that was read from a folder."""
     policy: Floats | None
     """[S, 1, n, A] the sampler's, without exploring; None of a reward that was learned offline."""
 
@@ -223,7 +223,13 @@ def _mixture(
 
 
 def refitted(learned: LearnedReward, more: Comparisons, steps: int) -> LearnedReward:
-    """The reward after so many steps more on its comparisons and these; what was learned before is left as it was."""
+    """The reward after so many steps more on its comparisons and these; what was learned before is left as it was.
+
+    Raises:
+        SpecError: the reward was read from a folder, and is frozen for good.
+    """
+    if learned.model is None:
+        raise SpecError("a reward that was read from a folder is frozen for good; learn it again to fit it further")
     comparisons = joined([learned.comparisons, more])
     fitted = comparisons.newest(learned.settings.newest)
     model = learned.model.copy()

@@ -1,4 +1,4 @@
-"""Rewards that are fitted to comparisons, tables or small networks, alone or as an ensemble; and rewards that are frozen.
+"""Rewards that are fitted to comparisons, tables or small networks, alone or as an ensemble; and frozen rewards.
 
 Comparisons of fragments of equal length tell neither a reward's shift nor its scale, so every member is standardised on
 the cells that were compared (never on those that a learner visits later), then the members are reduced to mean minus
