@@ -31,7 +31,6 @@ def cell(fails: int, n: int = N, online: bool = True) -> Cell:
         curves = {"artefact": artefact, "floor": [[0.0] * len(budgets)] * n, "ceiling": [[1.0] * len(budgets)] * n}
         return {
             "seeds": list(range(n)), "bad_samplers": 0, "weak_learners": 0, "budgets": budgets, "curves": curves,
-            "frozen": True,
         }  # fmt: skip
 
     values = {name: [0.5 + 0.4 * (seed < fails) * FAILS_WHEN[name] for seed in range(n)] for name in FAILS_WHEN}
@@ -159,7 +158,6 @@ def test_a_study_from_end_to_end_measures_nothing_twice(tmp_path: Path, monkeypa
     assert written[:2] == ["table/seeds-3-7.json", "table/seeds-8-10.json"] and len(written) == 4
     found: dict[str, Any] = json.loads((tmp_path / written[0]).read_text())
     assert found["seeds"] == [3, 4, 5, 6, 7] and set(found["signals"]) == set(FAILS_WHEN)
-    assert all(kind["frozen"] for kind in found["relearned"].values())
     page = (tmp_path / study.PAGE).read_text()
     assert "Every arm" in page and "<script" not in page and "http" not in page.replace("http-equiv", "")
     monkeypatch.setattr(reward_relearning_cells, "measured", lambda *_: pytest.fail("measured twice"))

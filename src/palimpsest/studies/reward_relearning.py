@@ -36,6 +36,7 @@ PAPER, SUMMARIES = "arXiv 2301.03652, abstract", "arXiv 2301.03652, as others su
 PAGE = "reward_relearning.html"
 MANY, FEW = 0.6, 0.15
 """Shares of failures that count as many and as few."""
+POOLED = "of all arms together, as though a seed were another in each"
 FEWEST = 3
 """Relearners that failed, and that did not, which an arm needs for an AUC."""
 
@@ -151,21 +152,14 @@ def _signals(cells: Cells) -> Iterable[Claim]:
         ("accuracy", False, 0.75, "The reward's accuracy on its comparisons tells hardly more than chance."),
         ("sampler_return", False, 0.75, "Nor does the sampler's true return."),
     ):
-        by_arm = within(cells, signal)
-        yield Claim.over(
-            f"e/{signal}",
-            says,
-            f"AUC within an arm, mean over {len(by_arm)} arms",
-            [each.value for each in by_arm.values()],
-            source="ours",
-            bound=bound,
-            below=not above,
-            note="the interval is over arms",
-        )
+        value, low, high, n = over_arms(cells, signal)
+        quantity, note = f"AUC within an arm, mean over {n} arms", "the interval is over arms"
+        yield Claim(f"e/{signal}", says, "ours", quantity, value, low, high, n, bound, not above, note)
     caught, false = alarms(cells)
-    yield _share("e/alarm", "The alarm finds failures.", f"failures with a gap above {ALARM:g}", caught, bound=0.8)
+    share = partial(_share, note=POOLED)
+    yield share("e/alarm", "The alarm finds failures.", f"failures with a gap above {ALARM:g}", caught, bound=0.8)
     quantity = f"rewards that hold with a gap above {ALARM:g}"
-    yield _share("e/false_alarm", "And leaves alone what holds.", quantity, false, bound=0.1, below=True)
+    yield share("e/false_alarm", "And leaves alone what holds.", quantity, false, bound=0.1, below=True)
 
 
 def _relearners(cells: Cells) -> Iterable[Claim]:
@@ -186,7 +180,8 @@ def _relearners(cells: Cells) -> Iterable[Claim]:
             if planned[seed] < FAILED
         ]
         rate = Rate(sum(found), len(found))
-        yield _share(f"f/{name}", says, "failures of the planner that fail it too", rate, bound=bound, below=below)
+        quantity = "failures of the planner that fail it too"
+        yield _share(f"f/{name}", says, quantity, rate, bound=bound, below=below, note=POOLED)
 
 
 def _repair(cells: Cells) -> Iterable[Claim]:
@@ -225,6 +220,15 @@ def within(cells: Cells, signal: str) -> dict[str, Auc]:
         if min(len(failed), len(held)) >= FEWEST:
             found[name] = _auc(signal, failed.values(), held.values())
     return found
+
+
+def over_arms(cells: Cells, signal: str) -> tuple[float | None, float | None, float | None, int]:
+    """The mean of these areas, its 95 % t-interval over arms within [0, 1], and how many arms there are."""
+    by_arm = within(cells, signal)
+    value, low, high = over_seeds([each.value for each in by_arm.values()])
+    if low is not None and high is not None:
+        low, high = max(low, 0.0), min(high, 1.0)
+    return value, low, high, len(by_arm)
 
 
 def pooled(cells: Cells, signal: str) -> Auc | None:
@@ -299,8 +303,7 @@ def _arms_table(cells: Cells) -> Table:
 def _signals_table(cells: Cells) -> Table:
     rows = []
     for signal, direction in FAILS_WHEN.items():
-        everywhere, by_arm = pooled(cells, signal), within(cells, signal)
-        inside = over_seeds([each.value for each in by_arm.values()])
+        everywhere, (*inside, n_arms) = pooled(cells, signal), over_arms(cells, signal)
         rows.append(
             [
                 signal.replace("_", " "),
@@ -308,7 +311,7 @@ def _signals_table(cells: Cells) -> Table:
                 "high" if direction > 0 else "low",
                 _ends(everywhere.value, everywhere.low, everywhere.high) if everywhere else "",
                 _ends(*inside),
-                f"{len(by_arm)}",
+                f"{n_arms}",
             ]
         )
     lead = (

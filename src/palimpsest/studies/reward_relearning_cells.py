@@ -36,7 +36,7 @@ class Arm:
     world: str = "near"
     horizon: int = 30
     times: int = 1
-    """How many times the seeds asked for: differences of a fifth between rates need four times as many."""
+    """How many times the seeds asked for: small rates and small differences between rates need more."""
     relearners: tuple[str, ...] = ("planner", "q_learner")
 
 
@@ -59,7 +59,7 @@ def _arms() -> dict[str, Arm]:
                 "_pessimism_2": replace(base, members=members, pessimism=2.0),
             }
         for name, reward in designs.items():
-            times = 4 if name in ("", "_l2_1e-3") else 1
+            times = {"": 4, "_l2_1e-3": 4, "_pessimism": 2}.get(name, 1)
             arms[kind + name] = Arm(PreferenceSettings(reward=reward), times=times, relearners=tuple(RELEARNERS))
         plain = PreferenceSettings(reward=base)
         data = {
@@ -137,7 +137,6 @@ def measured(name: str, seeds: Sequence[int]) -> Cell:
             "weak_learners": len(found.weak_learners),
             "budgets": list(report.settings.budgets) if report else [],
             "curves": {who: report.curve(who).tolist() for who in ENDS} if report else {},
-            "frozen": report.reason != "changed" if report else True,
         }
     online = learned.policy is not None
     cell: Cell = {
