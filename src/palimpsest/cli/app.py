@@ -16,6 +16,7 @@ from palimpsest.cli import (
     lens,
     metrics,
     report,
+    rewards,
     run,
     studies,
     train,
@@ -48,6 +49,7 @@ app.add_typer(update.app, name="update")
 app.add_typer(lens.app, name="lens")
 app.add_typer(concepts.app, name="concepts")
 app.add_typer(exit.app, name="exit")
+app.add_typer(rewards.app, name="rewards")
 app.command("audit")(audit.audit)
 app.command("verify")(verify.verify)
 app.command("report")(report.report)

@@ -153,6 +153,24 @@ def implicit_inference(
     _tell(run(Plan(span, folder, SETTINGS[setting], cell or CELLS, device)), as_json)
 
 
+@studies.command("reward_relearning")
+def reward_relearning(
+    seeds: Seeds = 20,
+    first_seed: FirstSeed = 0,
+    cell: Annotated[list[str] | None, typer.Option(help="Measure only these arms, e.g. table, mlp_l2_1e-3.")] = None,
+    out: Out = Path("runs/studies"),
+    as_json: Json = False,
+) -> None:
+    """Does a learned reward hold for a fresh learner, what makes it fail, and what would have told?"""
+    with console.status("loading numpy"):
+        from palimpsest.studies.reward_relearning import PAGE, run
+        from palimpsest.studies.reward_relearning_cells import ARMS
+    _refuse_unknown("cell", cell, list(ARMS))
+    folder = out / "reward_relearning"
+    _tell(run(range(first_seed, first_seed + seeds), folder, cell or ()), as_json)
+    console.print(f"curves and tables: {folder / PAGE}", highlight=False)
+
+
 def _refuse_unknown(option: str, given: Sequence[str] | None, known: Sequence[str]) -> None:
     for wanted in given or ():
         if wanted not in known:
