@@ -19,7 +19,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -99,7 +99,7 @@ class ImitationReward:
         Raises:
             DataError: transitions of another size than the network sees.
         """
-        parts = {
+        parts: dict[Input, NDArray[Any]] = {
             "state": observations,
             "action": actions,
             "next_state": next_observations,

@@ -28,6 +28,8 @@ ARMS = {ALONE: NetworkSettings(), PESSIMISTIC: NetworkSettings(members=5, pessim
 """Designs of the reward: one network; the mean of five less their standard deviation."""
 MARGIN = 0.2
 """The share of the way from floor to ceiling that a good reward may miss: returns are means of few episodes."""
+TIMES = ("0.25x", "1x", "4x")
+"""Budgets of a fresh learner, in units of the sampler's."""
 _claim = partial(Claim.over, source=FRAGILITY)
 
 
@@ -91,8 +93,9 @@ def judge(measured: Mapping[str, Measured]) -> list[Claim]:
 
 def _of_arm(arm: str, measured: Measured) -> list[Claim]:
     report, learned = measured.report, [*measured.learned.values()]
-    sampler = np.array([each.sampler_return for each in learned])
     floor, ceiling = (report.curve(who)[:, 1].mean() for who in ("floor", "ceiling"))  # type: ignore[arg-type]
+    returns = np.array([each.sampler_return for each in learned])
+    sampler = (returns - floor) / (ceiling - floor)
     proxy = report.curve("artefact", PROXY)[:, -1] - [each.sampler_proxy for each in learned]
     accuracy = np.mean([each.accuracy for each in learned])
     curves = "; ".join(
@@ -104,26 +107,27 @@ def _of_arm(arm: str, measured: Measured) -> list[Claim]:
             f"c1/{arm}/sampler",
             "The policy trained beside the reward does what was meant.",
             "share of the way from floor to ceiling at as many steps, by the sampler's true return",
-            [*((sampler - floor) / (ceiling - floor))],
+            [*sampler],
             bound=0.5,
-            note=f"true return {sampler.mean():.2f}; the reward calls {accuracy:.2f} of comparisons as the judge",
+            note=f"{(sampler >= 0.5).sum()} of {len(sampler)} go half the way; true return "
+            f"{returns.mean():.2f}; the reward calls {accuracy:.2f} of comparisons as the judge did",
         ),
         *(
             _claim(
                 f"c2/{arm}/{times}",
-                f"A policy that starts afresh on the frozen reward falls short, at {times} the sampler's steps.",
+                f"A policy that starts afresh on the frozen reward falls short at {times} the sampler's steps.",
                 "share of the way from floor to ceiling that is missing",
                 [*_missing(measured, place)],
                 bound=MARGIN,
                 note=f"{report.verdict}: {report.summary}; {curves}" if place == 2 else "",
             )
-            for place, times in enumerate(("a quarter of", "as many as", "four times"))
+            for place, times in enumerate(TIMES)
         ),
         _claim(
             f"c3/{arm}/proxy",
             "The reward itself says that the fresh policy does better than the sampler did.",
-            "return by the learned reward at four times the steps less the sampler's, as a share of the latter",
-            [*(proxy / np.abs([each.sampler_proxy for each in learned]))],
+            "return by the learned reward at 4x less the sampler's, in deviations of that reward on what was compared",
+            [*proxy],
             bound=0.0,
             source=REPAIR,
             note="needs no true reward",
