@@ -1,7 +1,6 @@
 """A language model of random weights that TRL's GRPO teaches by one reward alone. Needs TRL and datasets.
 
-Group-relative policy optimisation is Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300, §4.1), by
-TRL.
+Group-relative policy optimisation is Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300, §4.1).
 """
 
 from collections.abc import Callable, Sequence
