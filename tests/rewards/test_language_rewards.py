@@ -156,14 +156,17 @@ def test_without_trl_training_says_what_to_install(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_trl_trains_a_reward_and_relearning_ranks_where_accuracy_does_not(tmp_path: Path) -> None:
-    """Both writers, five seeds: some 140 CPU-seconds."""
+def test_a_reward_model_that_accuracy_and_best_of_n_call_good_teaches_a_fresh_model_something_else(
+    tmp_path: Path,
+) -> None:
+    """Both writers, five seeds: some 130 CPU-seconds."""
     pytest.importorskip("trl", reason="trl is not installed (palimpsest[lm])")
     from palimpsest.studies.reward_relearning_language import language_claims
 
     claims = {claim.id: claim for claim in language_claims(range(5), tmp_path)}
-    assert claims["l2/relearning"].verdict == "reproduced", claims["l2/relearning"]
-    assert claims["l3/narrow"].note.startswith("FAIL")
+    assert claims["l1/accuracy"].verdict == "reproduced", claims["l1/accuracy"]
+    assert claims["l1/best-of"].verdict == "reproduced", claims["l1/best-of"]
+    assert claims["l3/narrow"].note.startswith("FAIL"), claims["l3/narrow"]
 
 
 @pytest.mark.slow
