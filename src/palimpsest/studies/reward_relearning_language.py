@@ -1,8 +1,8 @@
 """Does a reward model of texts hold for a fresh language model, and do accuracy and best-of-n tell beforehand?
 
 Of every seed: a reward model on a narrow writer's comparisons and one on a wide writer's, a fresh model taught by each,
-and one taught by gold. The language is made so that accuracy and best-of-n mislead: it proves the test, and says nothing
-of reward models of people's preferences.
+and one taught by gold. The language is made so that accuracy and best-of-n mislead: it proves the test, and says
+nothing of reward models of people's preferences.
 """
 
 from collections.abc import Callable, Mapping, Sequence
