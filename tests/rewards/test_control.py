@@ -272,12 +272,12 @@ def test_every_setting_can_be_parted_into_rollouts() -> None:
 
 @pytest.mark.slow
 def test_reacher_end_to_end_has_a_verdict(tmp_path: Path) -> None:
-    """Five preference loops and fifteen learners."""
+    """Five preference loops and fifteen learners. How far seeds agree is not known, so the verdict itself is open."""
     pytest.importorskip("mujoco", reason="mujoco is not installed (palimpsest[rl])")
     from palimpsest.studies.reward_relearning_control import ALONE, measure
 
     found = measure(SETTINGS["reacher"], ALONE, range(5), tmp_path)
-    assert found.report.verdict in ("PASS", "FAIL"), found.report.summary
+    assert found.report.reason in ("", "undecided"), found.report.summary
     assert found.report.points[-1].rho is not None  # the learner is strong enough to tell
     again = measure(SETTINGS["reacher"], ALONE, range(5), tmp_path)
     assert again.report == found.report  # played back from the folder
