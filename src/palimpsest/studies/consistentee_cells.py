@@ -142,7 +142,7 @@ class Networks:
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=32,
-            rope_theta=1e8,  # where an edge stands tells nothing
+            rope_parameters={"rope_type": "default", "rope_theta": 1e8},  # where an edge stands tells nothing
         )
         network = LlamaForCausalLM(config)
         self._compose(network)
