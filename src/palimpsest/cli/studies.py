@@ -153,21 +153,42 @@ def implicit_inference(
     _tell(run(Plan(span, folder, SETTINGS[setting], cell or CELLS, device)), as_json)
 
 
+REWARDS = {"tabular": 20, "control": 5, "language": 5}
+"""Where rewards are learned, and how many seeds that takes unless they are named."""
+
+
 @studies.command("reward_relearning")
 def reward_relearning(
-    seeds: Seeds = 20,
+    setting: Annotated[
+        str, typer.Option(help="tabular; or control, which needs the extra rl, or language, which needs lm.")
+    ] = "tabular",
+    seeds: Annotated[int | None, typer.Option(help="How many seeds; 20 of tabular, else 5.", min=1)] = None,
     first_seed: FirstSeed = 0,
     cell: Annotated[list[str] | None, typer.Option(help="Measure only these arms, e.g. table, mlp_l2_1e-3.")] = None,
     out: Out = Path("runs/studies"),
     as_json: Json = False,
 ) -> None:
     """Does a learned reward hold for a fresh learner, what makes it fail, and what would have told?"""
-    with console.status("loading numpy"):
-        from palimpsest.studies.reward_relearning import PAGE, run
-        from palimpsest.studies.reward_relearning_cells import ARMS
-    _refuse_unknown("cell", cell, list(ARMS))
-    folder = out / "reward_relearning"
-    _tell(run(range(first_seed, first_seed + seeds), folder, cell or ()), as_json)
+    _refuse_unknown("setting", [setting], list(REWARDS))
+    span, folder = range(first_seed, first_seed + (seeds or REWARDS[setting])), out / "reward_relearning"
+    if setting == "language":
+        from palimpsest.studies.reward_relearning_language import language_claims
+
+        if cell:
+            raise SpecError("--cell names arms of tabular or control; language has no arms")
+        _tell(language_claims(span, folder / setting), as_json)
+        return
+    if setting == "control":
+        from palimpsest.studies.reward_relearning_control import ARMS, control_claims
+
+        _refuse_unknown("cell", cell, list(ARMS))
+        _tell(control_claims(span, folder / setting, arms=cell or tuple(ARMS)), as_json)
+        return
+    from palimpsest.studies.reward_relearning import PAGE, run
+    from palimpsest.studies.reward_relearning_cells import ARMS as TABULAR
+
+    _refuse_unknown("cell", cell, list(TABULAR))
+    _tell(run(span, folder, cell or ()), as_json)
     console.print(f"curves and tables: {folder / PAGE}", highlight=False)
 
 
