@@ -183,7 +183,18 @@ def test_families_without_a_stack_and_encoders_are_refused() -> None:
         generate(llama, ASKED, FixedExit(1), max_new_tokens=2, stack=Stack.of(encoder))
 
 
-def test_a_policy_of_other_exits_is_refused() -> None:
+def test_a_gate_at_one_price_is_the_policys() -> None:
+    rule, states = undecided(), torch.randn(200, 16, generator=torch.Generator().manual_seed(5))
+    log_price = torch.full((200,), rule.price).log()
+    for place in range(3):
+        gates = rule.policy.at(place, states, log_price)
+        assert torch.equal(rule.leaves(place, states), gates > 0)
+        assert 20 < int((gates > 0).sum()) < 180
+
+
+def test_a_policy_of_other_exits_or_of_more_than_states_is_refused() -> None:
+    with pytest.raises(SpecError, match="this policy reads more than hidden states, which generation does not give"):
+        PolicyExit((1, 2, 3), Policy(4, 16, n_features=3), 0.1)
     with pytest.raises(SpecError, match="this policy has 3 gates, but 2 exits are named before the last"):
         PolicyExit((1, 2), Policy(4, 16), 0.1)
 

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from palimpsest.data.batches import batches
+from palimpsest.data.batches import Batch
 from palimpsest.early_exit.decoding import Decoding
-from palimpsest.early_exit.generation import Answers, Generated, Heads, prompt_rows, refuse_unusable
+from palimpsest.early_exit.generation import Answers, Generated, Heads, answer_all, refuse_unusable
 from palimpsest.early_exit.stack import Stack
 from palimpsest.errors import SpecError
 from palimpsest.lens.lens import Lens
-from palimpsest.models.language_model import LanguageModel, evaluating
+from palimpsest.models.language_model import LanguageModel
 from palimpsest.progress import Report
 
 
@@ -58,29 +58,22 @@ def speculate(
         SpecError: no such block, or nothing to draft.
         DataError: an empty prompt, or one longer than the model's positions.
     """
-    rows, stack = prompt_rows(prompts, max_new_tokens), stack or Stack.of(model.network)
+    stack, heads = stack or Stack.of(model.network), Heads(model, lens)
     refuse_unusable(stack, (blocks,), lens)
     if blocks == stack.n_layers or drafts < 1:
         raise SpecError(
             f"{drafts} drafts by {blocks} blocks: name one draft or more, and fewer blocks than the model's "
             f"{stack.n_layers}"
         )
-    heads, found, done = Heads(model, lens), [Generated((), ())] * len(rows), 0
-    with evaluating(model):
-        for batch in batches(rows, batch_size=batch_size, side="left"):
-            batch = batch.to(model.device)
-            answers = Answers(model, batch, max_new_tokens)
-            decoding = Decoding(stack, batch, max_new_tokens, "catch_up")
-            tokens = heads.tokens(heads.logits(decoding.prefill(), stack.n_layers))
-            going = answers.add(tokens, stack.n_layers)
-            while going:
-                tokens, going = _round(decoding, heads, answers, tokens, blocks, drafts)
-            for row, generated in zip(batch.rows, answers.generated(), strict=True):
-                found[row] = generated
-            done += len(batch.rows)
-            if report:
-                report(done, len(rows), f"{sum(len(one.tokens) for one in found)} tokens")
-    return found
+
+    def answer(batch: Batch, answers: Answers) -> None:
+        decoding = Decoding(stack, batch, max_new_tokens, "catch_up")
+        tokens = heads.tokens(heads.logits(decoding.prefill(), stack.n_layers))
+        going = answers.add(tokens, stack.n_layers)
+        while going:
+            tokens, going = _round(decoding, heads, answers, tokens, blocks, drafts)
+
+    return answer_all(model, prompts, answer, max_new_tokens=max_new_tokens, batch_size=batch_size, report=report)
 
 
 def _round(
