@@ -133,10 +133,7 @@ def test_what_waits_at_a_block_follows_on_its_keys(exits: list[int], fill: Fill)
             return
         torch.testing.assert_close(found, frozen(stack, batch, given_exits)[:, PROMPT:], rtol=1e-9, atol=1e-9)
         # A token that runs every block finds them all full, whoever was waiting.
-        decoding.n_columns = n - 1
-        decoding.crop(n)
-        for layer in range(LAYERS):
-            decoding._fill(layer)
+        decoding.settle()
         assert decoding.cache.lengths == [n] * LAYERS and not any(decoding.waiting[:LAYERS])
 
 

@@ -128,8 +128,7 @@ class Decoding:
     def enter(self, tokens: Tensor) -> Tensor:
         """[B, 1, d] what the first block reads at the next token of every row, [B]."""
         if self.fill == "eager":
-            for layer in range(self.stack.n_layers):
-                self._fill(layer)
+            self.settle()
         self.n_columns += 1
         self._spans.clear()
         return self._embedded(tokens[:, None], self.n_columns - 1)
@@ -151,14 +150,21 @@ class Decoding:
         if layer < self.stack.n_layers:
             self.waiting[layer].append(hidden)
 
+    def settle(self) -> None:
+        """Fill every block with what waits there or before, of the states as they are."""
+        for layer in range(self.stack.n_layers):
+            self._fill(layer)
+
     def called(self, layer: int) -> Tensor:
         """[B, q, d] all that waits before block `layer`, which waits no more."""
         return torch.cat(self._called(layer), 1)
 
     def crop(self, n_columns: int) -> None:
-        """Take columns back, so that `n_columns` remain; nothing may be waiting."""
+        """Take columns back, those that wait among them, so that `n_columns` remain, none of which may be waiting."""
         self.n_columns = n_columns
         self.cache.crop(n_columns)
+        for states in self.waiting:
+            states.clear()
 
     def _called(self, layer: int) -> list[Tensor]:
         called, self.waiting[layer] = self.waiting[layer], []

@@ -248,7 +248,7 @@ def generate(
         tokens = heads.tokens(heads.logits(decoding.prefill(), stack.n_layers))
         exits: Tensor | int = stack.n_layers
         while answers.add(tokens, exits):
-            tokens, exits = _step(decoding, rule, heads, tokens, answers.going)
+            tokens, exits = step(decoding, rule, heads, tokens, answers.going)
 
     return answer_all(model, prompts, answer, max_new_tokens=max_new_tokens, batch_size=batch_size, report=report)
 
@@ -311,8 +311,19 @@ def refuse_unusable(stack: Stack, exits: Sequence[int], lens: Lens | None) -> No
         raise SpecError(f"exits {list(exits)}: name numbers of blocks run, ascending, from 1 to {stack.n_layers}")
 
 
-def _step(decoding: Decoding, rule: ExitRule, heads: Heads, tokens: Tensor, going: Tensor) -> tuple[Tensor, Tensor]:
-    """[B] the tokens after these, and [B] their exits; rows that do not go on get any."""
+def step(decoding: Decoding, rule: ExitRule, heads: Heads, tokens: Tensor, going: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens after these.
+
+    Args:
+        decoding: the batch, which is one column further after it.
+        rule: where tokens exit.
+        heads: what is read there.
+        tokens: [B] the newest.
+        going: [B] bool, which rows go on.
+
+    Returns:
+        [B] tokens and [B] their exits; those of rows that do not go on mean nothing.
+    """
     n_layers, places = decoding.stack.n_layers, {blocks: place for place, blocks in enumerate(rule.exits)}
     said, exits = tokens.clone(), torch.zeros_like(tokens)
     alive, all_alive = going, bool(going.all())

@@ -71,15 +71,27 @@ def speculate(
         tokens = heads.tokens(heads.logits(decoding.prefill(), stack.n_layers))
         going = answers.add(tokens, stack.n_layers)
         while going:
-            tokens, going = _round(decoding, heads, answers, tokens, blocks, drafts)
+            tokens, going = draft_and_check(decoding, heads, answers, tokens, blocks, drafts)
 
     return answer_all(model, prompts, answer, max_new_tokens=max_new_tokens, batch_size=batch_size, report=report)
 
 
-def _round(
+def draft_and_check(
     decoding: Decoding, heads: Heads, answers: Answers, tokens: Tensor, blocks: int, drafts: int
 ) -> tuple[Tensor, bool]:
-    """Draft and check: the last token that is sure, [B], and whether a row goes on."""
+    """One round.
+
+    Args:
+        decoding: the batch, in the fill `catch_up`; it is as many columns further after it as tokens were kept.
+        heads: what is read.
+        answers: what is added to.
+        tokens: [B] the newest.
+        blocks: how many draft.
+        drafts: the most to draft.
+
+    Returns:
+        [B] the newest tokens, and whether any row goes on.
+    """
     before, n_layers = decoding.n_columns, decoding.stack.n_layers
     missing = int((answers.longest - len(answers.tokens))[answers.going].max())
     drafted = _draft(decoding, heads, tokens, blocks, min(drafts, missing - 1))
