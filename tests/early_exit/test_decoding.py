@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from palimpsest.data.batches import Batch
 from palimpsest.early_exit.decoding import Cache, Decoding, Fill
-from palimpsest.early_exit.stack import DECODERS, Stack
+from palimpsest.early_exit.stack import DECODERS, Given, Stack
 from palimpsest.errors import ModelError
 
 PROMPT = 3
@@ -135,6 +135,13 @@ def test_what_waits_at_a_block_follows_on_its_keys(exits: list[int], fill: Fill)
         # A token that runs every block finds them all full, whoever was waiting.
         decoding.settle()
         assert decoding.cache.lengths == [n] * LAYERS and not any(decoding.waiting[:LAYERS])
+
+
+def test_a_span_of_columns_cuts_what_has_as_many() -> None:
+    angles, one_line = torch.arange(24.0).reshape(1, 6, 4), torch.zeros(1, 4)
+    cut = Given((angles, None), {"both": (angles, one_line), "flag": True}).span(2, 5, 6)
+    assert torch.equal(cut.positional[0], angles[:, 2:5]) and cut.positional[1] is None
+    assert torch.equal(cut.named["both"][0], angles[:, 2:5]) and cut.named["both"][1] is one_line and cut.named["flag"]
 
 
 def test_a_cache_keeps_what_it_is_given_and_forgets_what_is_cropped() -> None:

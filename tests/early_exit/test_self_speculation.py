@@ -80,6 +80,15 @@ def test_every_block_sees_a_drafted_token_once() -> None:
     assert calls == [1 + drafted] * blocks + [1 + len(ends)] * (LAYERS - blocks)
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_it_ends_where_the_positions_do(batch_size: int) -> None:
+    model = decoder("gpt_neox", max_position_embeddings=13)
+    whole = generate(model, ASKED, FixedExit(LAYERS), max_new_tokens=20)
+    assert [len(one.tokens) for one in whole] == [13 - len(prompt) + 1 for prompt in ASKED]
+    said = speculate(model, ASKED, blocks=2, max_new_tokens=20, batch_size=batch_size)
+    assert [one.tokens for one in said] == [one.tokens for one in whole]
+
+
 def test_a_lens_changes_the_drafts_and_not_the_answer() -> None:
     model = alike("llama")
     generator = torch.Generator().manual_seed(3)
