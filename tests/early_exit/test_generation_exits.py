@@ -163,6 +163,7 @@ def stack_of_healthy(model: LanguageModel) -> Stack:
         ({"rule": FixedExit(5)}, SpecError, r"exits \[5\]: name numbers of blocks run, ascending, from 1 to 4"),
         ({"rule": ConfidentExit((3, 1), 0.5)}, SpecError, r"exits \[3, 1\]: name numbers"),
         ({"prompts": [(4, 5), ()]}, DataError, r"prompt 1 \(counted from 0\) has no tokens"),
+        ({"prompts": [(4, 48)]}, DataError, "prompt 0 .* has a token that is none of the model's 48; encode it with"),
         ({"prompts": [(4,) * 65]}, DataError, "a row has 65 tokens, but the model has 64 positions"),
         ({"lens": Lens("logit", 6, "")}, ModelError, "this lens has 6 layers and the model 4; fit one for this model"),
     ],

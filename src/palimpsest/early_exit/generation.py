@@ -234,7 +234,7 @@ def generate(
         ModelError: an architecture, attention or window that this does not do; a lens of another depth; logits that are
             not finite.
         SpecError: exits that the model does not have, or another way to decode than greedily.
-        DataError: an empty prompt, or one longer than the model's positions.
+        DataError: an empty prompt, one longer than the model's positions, or a token that the model does not have.
     """
     if num_beams != 1 or do_sample:
         raise SpecError("early exit decodes greedily; leave num_beams at 1 and do_sample at False")
@@ -273,14 +273,20 @@ def answer_all(
         report: called with (prompts done, of how many, a note).
 
     Raises:
-        DataError: an empty prompt.
+        DataError: an empty prompt, or a token that the model does not have.
         SpecError: there is nothing to say.
     """
     if max_new_tokens < 1:
         raise SpecError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
+    vocabulary = model.network.config.vocab_size
     for place, prompt in enumerate(prompts):
         if not len(prompt):
             raise DataError(f"prompt {place} (counted from 0) has no tokens; give it at least one")
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+            raise DataError(
+                f"prompt {place} (counted from 0) has a token that is none of the model's {vocabulary}; encode it with "
+                "the model's own tokenizer"
+            )
     rows = [Encoded(tuple(ids), start=len(ids), stop=len(ids)) for ids in prompts]
     found, done = [Generated((), ())] * len(rows), 0
     with evaluating(model):

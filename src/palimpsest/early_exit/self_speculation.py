@@ -56,7 +56,7 @@ def speculate(
         ModelError: an architecture, attention or window that this does not do; a lens of another depth; logits that are
             not finite.
         SpecError: no such block, or nothing to draft.
-        DataError: an empty prompt, or one longer than the model's positions.
+        DataError: an empty prompt, one longer than the model's positions, or a token that the model does not have.
     """
     stack, heads = stack or Stack.of(model.network), Heads(model, lens)
     refuse_unusable(stack, (blocks,), lens)
