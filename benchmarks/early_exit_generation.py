@@ -101,7 +101,7 @@ PRICES = (0.003, 1.0)
 TRIED = (0.003, 0.01, 0.03, 0.1, 0.3)
 SURE = (0.5, 0.9)
 """Thresholds of confidence, asked for after every block."""
-JUDGED, PROMPTS = 48, 16
+JUDGED, PROMPTS = 32, 12
 """Held-out rows, and prompts, that quality is measured on."""
 Said = tuple[tuple[int, ...], tuple[int, ...]]
 """Tokens and exits."""
@@ -335,7 +335,7 @@ def _trained(data: Path, size: Size, folder: Path | None) -> tuple[LanguageModel
         model.save(folder / "model")
     model = load(folder / "model", device="cpu", check=False)
     if not (folder / "lens").exists():
-        fit(model, learned, quiet=True).save(folder / "lens")
+        fit(model, learned, steps=40, tokens_per_step=1024, quiet=True).save(folder / "lens")
     return model, Lens.load(folder / "lens")
 
 
