@@ -61,6 +61,23 @@ class Given:
 
         return Given(taken(self.positional), {name: taken(value) for name, value in self.named.items()})
 
+    def span(self, start: int, stop: int, n_columns: int) -> "Given":
+        """The same for some of the tokens.
+
+        Args:
+            start: the first.
+            stop: the one after the last.
+            n_columns: how many there were. What is not of that length in its second dimension stays as it is.
+        """
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(cut(part) for part in value)
+            of_columns = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == n_columns
+            return value[:, start:stop] if of_columns else value
+
+        return Given(cut(self.positional), {name: cut(value) for name, value in self.named.items()})
+
     def swap(self, old: object, new: object) -> "Given":
         """The same with one object in place of another, wherever it stands."""
         return Given(
