@@ -51,6 +51,18 @@ def test_the_break_even_is_told_before_anything_is_trained(room: Path, exits: Pa
     assert "if all rows leave after  1 of 2 blocks:" in out and "of the rows are told the same" in out
 
 
+def test_drafts_change_nothing_and_a_policy_may(room: Path, trained: Organism) -> None:
+    question = f"Question: {trained.request.forget[0].question}\nAnswer:"
+    ask = ("exit", "generate", room / "model", "--prompt", question, "--max-new-tokens", 8)
+    code, out, error = invoke(*ask, "--blocks", 1)
+    assert code == 0, error
+    said = json.loads(out)
+    assert said["prompt"] == question and trained.request.forget[0].answer in said["continuation"]
+    assert set(said["blocks"]) <= {1, 2}
+    code, _, error = invoke(*ask)
+    assert code == 2 and "give --blocks" in error
+
+
 def test_mistakes_are_one_line(room: Path, tmp_path: Path) -> None:
     fit = ("exit", "fit", room / "model", "--out", tmp_path / "out", "--data")
     code, _, error = invoke(*fit, room / "none.jsonl")

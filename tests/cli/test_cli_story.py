@@ -299,7 +299,8 @@ def test_the_verbs() -> None:
         ),
         *("lens", "lens fit", "lens eval", "lens show", "lens detect"),
         *("concepts", "concepts find", "concepts evaluate", "concepts ablate"),
-        *("exit", "exit fit", "exit classify", "exit bench"),
+        *("exit", "exit fit", "exit classify", "exit bench", "exit generate"),
+        *("rewards", "rewards run", "rewards relearn"),
         *("update", "update show", "update reapply", "update adapter"),
         *("studies", "studies run"),
         *(
@@ -312,6 +313,7 @@ def test_the_verbs() -> None:
                 "implicit_inference",
                 "kfade",
                 "recovery",
+                "reward_relearning",
                 "task_forgetting",
                 "tuned_lens",
             )

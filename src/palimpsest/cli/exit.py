@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from palimpsest.cli.output import Json, print_json
+from palimpsest.errors import SpecError
 from palimpsest.progress import console, progress
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ def fit(
     max_drop: Annotated[float, typer.Option(help="Accuracy that may be lost, at 95 % confidence.")] = 0.01,
     max_length: MaxLength = 512,
     encoder: IsEncoder = False,
+    generation: Annotated[
+        bool, typer.Option("--generation", help="A policy for generation instead; rows have `text` alone.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the split, heads and policy.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -49,6 +53,9 @@ def fit(
         from palimpsest.early_exit.examples import encode_examples, read_examples
         from palimpsest.early_exit.policy_training import PolicySettings
     loaded = _load(model, encoder)
+    if generation:
+        _fit_generation(loaded, data, out, layer, max_length, seed)
+        return
     texts, labels = read_examples(data)
     examples = encode_examples(texts, labels, loaded.tokenizer, max_length=max_length)
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -97,6 +104,36 @@ def classify(
         typer.echo(json.dumps({"label": fitted.classes[label], "blocks": layer}))
 
 
+@app.command("generate")
+def generate(
+    model: Model,
+    prompt: Annotated[list[str], typer.Option(help="What the model goes on from; give it as often as you like.")],
+    blocks: Annotated[
+        int | None, typer.Option(help="Draft with so many blocks and let the whole model check: nothing changes.")
+    ] = None,
+    exits: Annotated[Path | None, typer.Option(help="What `exit fit --generation` wrote: stop early instead.")] = None,
+    price: Annotated[float, typer.Option(help="With --exits: of a whole pass, in nats of divergence.")] = 0.3,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.", min=1)] = 64,
+) -> None:
+    """Go on greedily after prompts, by self-speculation or by a policy: one JSON object a prompt."""
+    with console.status("loading torch and transformers"):
+        from palimpsest.early_exit.generator import ExitGenerator
+        from palimpsest.early_exit.self_speculation import speculate
+        from palimpsest.models.language_model import load
+    if (blocks is None) == (exits is None):
+        raise SpecError("give --blocks, and the text is the whole model's, or --exits, and it may be another")
+    loaded = load(model)
+    prompts = [loaded.tokenizer(text)["input_ids"] for text in prompt]
+    if exits:
+        found = ExitGenerator.load(exits, loaded).generate(prompts, price=price, max_new_tokens=max_new_tokens)
+    else:
+        assert blocks is not None
+        found = speculate(loaded, prompts, blocks=blocks, max_new_tokens=max_new_tokens)
+    for text, said in zip(prompt, found, strict=True):
+        continuation = str(loaded.tokenizer.decode(list(said.tokens), skip_special_tokens=True))
+        typer.echo(json.dumps({"prompt": text, "continuation": continuation, "blocks": said.exits}, ensure_ascii=False))
+
+
 @app.command("bench")
 def bench(
     model: Model,
@@ -138,6 +175,35 @@ def bench(
             f"({measured.predicted_ms:.2f} predicted), {measured.ratio[0]:.2f} x ({low:.2f} to {high:.2f}) at "
             f"{measured.layers:.2f} blocks a row; {measured.agreement:.1%} of the rows are told the same"
         )
+
+
+def _fit_generation(
+    model: "LanguageModel | Encoder", data: Path, out: Path, layer: list[int] | None, max_length: int, seed: int
+) -> None:
+    from palimpsest.early_exit.encoder import Encoder
+    from palimpsest.early_exit.examples import encode_texts, read_texts
+    from palimpsest.early_exit.generator import ExitGenerator
+    from palimpsest.early_exit.policy_training import PolicySettings
+
+    if isinstance(model, Encoder):
+        raise SpecError("--generation and --encoder exclude each other: an encoder generates nothing")
+    n_layers = model.anatomy.n_layers
+    exits = layer or sorted({max(1, n_layers // 3), max(1, 2 * n_layers // 3)})
+    rows = encode_texts(read_texts(data), model.tokenizer, max_length=max_length)
+    with progress() as display:
+        task = display.add_task("policy for tokens", total=None, note="")
+        fitted = ExitGenerator.fit(
+            model,
+            rows,
+            exits,
+            PolicySettings(seed=seed),
+            report=lambda done, total, note: display.update(task, completed=done, total=total, note=note),
+        )
+    fitted.save(out)
+    Console(highlight=False).print(
+        f"{out}: exits after {', '.join(map(str, exits))} of {n_layers} blocks, for prices of "
+        f"{fitted.settings.prices[0]:g} to {fitted.settings.prices[1]:g} nats a token"
+    )
 
 
 def _load(model: str, encoder: bool) -> "LanguageModel | Encoder":
