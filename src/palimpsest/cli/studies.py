@@ -120,6 +120,22 @@ def recovery(
     _tell(run(range(first_seed, first_seed + seeds), out / "recovery", cell or CELLS), as_json)
 
 
+@studies.command("conjugate_prompting")
+def conjugate_prompting(
+    seeds: Seeds = 5,
+    first_seed: FirstSeed = 0,
+    cell: Annotated[list[str] | None, typer.Option(help="Measure only these models, e.g. full, gold, npo.")] = None,
+    out: Out = Path("runs/studies"),
+    as_json: Json = False,
+) -> None:
+    """Does what was unlearned in one language come back in the other, and was it one memory or two?"""
+    with console.status("loading torch and transformers"):
+        from palimpsest.studies.conjugate_prompting import run
+        from palimpsest.studies.unlearned_models import CELLS
+    _refuse_unknown("cell", cell, CELLS)
+    _tell(run(range(first_seed, first_seed + seeds), out / "conjugate_prompting", cell or CELLS), as_json)
+
+
 @studies.command("task_forgetting")
 def task_forgetting(
     seeds: Seeds = 5,
