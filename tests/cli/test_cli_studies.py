@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 from tests.tiny import invoke
 
-from palimpsest.studies import dissecting, kfade, task_cells, task_forgetting
+from palimpsest.cli import studies
+from palimpsest.studies import (
+    concept_vectors,
+    conjugate_prompting,
+    dissecting,
+    kfade,
+    recovery,
+    task_cells,
+    task_forgetting,
+)
 from palimpsest.studies.claims import Claim
 
 CLAIMS = [
@@ -40,17 +49,30 @@ def test_people_get_a_table(asked: list[kfade.Plan]) -> None:
     assert all(word in out for word in ("a/people", "0.25 to 0.75", "reproduced", "d/people/[x]"))
 
 
-def test_the_study_of_dissecting_takes_every_model_unless_some_are_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("study", [dissecting, concept_vectors, recovery, conjugate_prompting])
+def test_a_study_of_models_takes_every_one_unless_some_are_named(
+    study: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    name = study.__name__.rpartition(".")[2]
     runs: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(dissecting, "run", lambda *asked: runs.append(asked) or CLAIMS)
-    assert invoke("studies", "run", "dissecting")[0] == 0
+    monkeypatch.setattr(study, "run", lambda *asked: runs.append(asked) or CLAIMS)
+    assert invoke("studies", "run", name)[0] == 0
     some = ["--cell", "sham", "--seeds", 2, "--first-seed", 4, "--out", tmp_path]
-    assert invoke("studies", "run", "dissecting", *some)[0] == 0
-    (seeds, _, every), few = runs
-    assert every == dissecting.CELLS and list(seeds) == [0, 1, 2, 3, 4]
-    assert few == (range(4, 6), tmp_path / "dissecting", ["sham"])
+    assert invoke("studies", "run", name, *some)[0] == 0
+    (seeds, folder, every), few = runs
+    assert every == study.CELLS and list(seeds) == [0, 1, 2, 3, 4] and folder == Path("runs/studies") / name
+    assert few == (range(4, 6), tmp_path / name, ["sham"])
+
+
+def test_every_study_says_what_it_asks_without_being_loaded() -> None:
+    code, out, _ = invoke("studies", "run", "--help")
+    assert code == 0
+    assert set(studies.OF_MODELS) == {"dissecting", "concept_vectors", "recovery", "conjugate_prompting"}
+    told = " ".join(out.replace("│", " ").split())
+    for question in studies.OF_MODELS.values():
+        assert question in told
+    code, out, _ = invoke("studies", "run", "recovery", "--help")
+    assert code == 0 and "Can someone get it back" in out and "--cell" in out and "CONTEXT" not in out.upper()
 
 
 @pytest.mark.parametrize(

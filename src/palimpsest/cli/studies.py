@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,68 +73,33 @@ def tuned_lens(
     _tell(run(Plan(span, data, out / "tuned_lens", regime or known, cell or ())), as_json)
 
 
-@studies.command("dissecting")
-def dissecting(
+OF_MODELS = {
+    "dissecting": "Does fine-tuning erase or only suppress, and which white-box measure would tell?",
+    "concept_vectors": "Is a concept one vector, does the model use it, and does its fate tell what was erased?",
+    "recovery": "Can someone get it back: by relearning, rounding, other prompts, projections; what tells beforehand?",
+    "conjugate_prompting": "Does what was unlearned in one language come back in another, and was it one memory?",
+}
+"""The studies that measure `unlearned_models`, each by instruments of its own: the module's name and what it asks."""
+
+
+def of_models(
+    context: typer.Context,
     seeds: Seeds = 5,
     first_seed: FirstSeed = 0,
-    cell: Annotated[list[str] | None, typer.Option(help="Measure only these models, e.g. sham, npo.")] = None,
+    cell: Annotated[list[str] | None, typer.Option(help="Measure only these models, e.g. full, sham, npo.")] = None,
     out: Out = Path("runs/studies"),
     as_json: Json = False,
 ) -> None:
-    """Does fine-tuning erase or only suppress, and which white-box measure would tell?"""
+    """Measure and judge the study that the command is named after."""
+    name = str(context.command.name)
     with console.status("loading torch and transformers"):
-        from palimpsest.studies.dissecting import run
-        from palimpsest.studies.unlearned_models import CELLS
-    _refuse_unknown("cell", cell, CELLS)
-    _tell(run(range(first_seed, first_seed + seeds), out / "dissecting", cell or CELLS), as_json)
+        study = import_module(f"palimpsest.studies.{name}")
+    _refuse_unknown("cell", cell, study.CELLS)
+    _tell(study.run(range(first_seed, first_seed + seeds), out / name, cell or study.CELLS), as_json)
 
 
-@studies.command("concept_vectors")
-def concept_vectors(
-    seeds: Seeds = 5,
-    first_seed: FirstSeed = 0,
-    cell: Annotated[list[str] | None, typer.Option(help="Measure only these models, e.g. full, npo.")] = None,
-    out: Out = Path("runs/studies"),
-    as_json: Json = False,
-) -> None:
-    """Is a concept one vector, does the model use it, and does what becomes of it tell what was erased?"""
-    with console.status("loading torch and transformers"):
-        from palimpsest.studies.concept_cells import CELLS
-        from palimpsest.studies.concept_vectors import run
-    _refuse_unknown("cell", cell, CELLS)
-    _tell(run(range(first_seed, first_seed + seeds), out / "concept_vectors", cell or CELLS), as_json)
-
-
-@studies.command("recovery")
-def recovery(
-    seeds: Seeds = 5,
-    first_seed: FirstSeed = 0,
-    cell: Annotated[list[str] | None, typer.Option(help="Measure only these models, e.g. sham, npo.")] = None,
-    out: Out = Path("runs/studies"),
-    as_json: Json = False,
-) -> None:
-    """Can someone get it back: by relearning, rounding, other prompts, projections; and what tells beforehand?"""
-    with console.status("loading torch and transformers"):
-        from palimpsest.studies.recovery import run
-        from palimpsest.studies.unlearned_models import CELLS
-    _refuse_unknown("cell", cell, CELLS)
-    _tell(run(range(first_seed, first_seed + seeds), out / "recovery", cell or CELLS), as_json)
-
-
-@studies.command("conjugate_prompting")
-def conjugate_prompting(
-    seeds: Seeds = 5,
-    first_seed: FirstSeed = 0,
-    cell: Annotated[list[str] | None, typer.Option(help="Measure only these models, e.g. full, gold, npo.")] = None,
-    out: Out = Path("runs/studies"),
-    as_json: Json = False,
-) -> None:
-    """Does what was unlearned in one language come back in the other, and was it one memory or two?"""
-    with console.status("loading torch and transformers"):
-        from palimpsest.studies.conjugate_prompting import run
-        from palimpsest.studies.unlearned_models import CELLS
-    _refuse_unknown("cell", cell, CELLS)
-    _tell(run(range(first_seed, first_seed + seeds), out / "conjugate_prompting", cell or CELLS), as_json)
+for study_name, question in OF_MODELS.items():
+    studies.command(study_name, help=question)(of_models)
 
 
 @studies.command("task_forgetting")
