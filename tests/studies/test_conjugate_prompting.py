@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from palimpsest.studies import conjugate_prompting as study
 from palimpsest.studies import unlearned_models
 from palimpsest.studies.cells import Cell
 from palimpsest.studies.claims import Claim
-from palimpsest.studies.conjugate_cells import FIRST, MIXED, SECOND, UNREAD, BilingualWorld, bilingual
+from palimpsest.studies.conjugate_cells import FIRST, SECOND, TELLINGS, UNREAD, BilingualWorld, bilingual
 from palimpsest.unlearn.npo import NPO
 from palimpsest.worlds.facts import FactsWorld
 
@@ -47,32 +48,47 @@ def seed_of(**changed: Cell) -> Seed:
     } | changed
 
 
-def judged(seed: Seed) -> dict[str, Claim]:
+def apart_of(**changed: Cell) -> Seed:
+    """The same where the languages stay apart: all comes back, and who is told of in one is not known in the other."""
+    return seed_of(**{"full": cell(0.9, 0.9, once=0.12), **{name: cell(0.1, 0.9) for name in METHODS}} | changed)
+
+
+def judged(mixed: Seed, apart: Seed | None = None) -> dict[str, Claim]:
     """Of two seeds alike, so that every interval has no width."""
-    return {claim.id: claim for claim in study.judge({0: seed, 1: seed})}
+    apart = apart or apart_of()
+    return {claim.id: claim for claim in study.judge({"apart": {0: apart, 1: apart}, "mixed": {0: mixed, 1: mixed}})}
 
 
 def test_the_numbers_are_those_of_the_levels() -> None:
     claims = judged(seed_of())
     for name, expected in {
-        "a/reads": 0.8,
-        "a/shared": (0.4 - 0.1) / (0.9 - 0.1),
-        "b/npo": 0.6 / 0.8,
-        "b/needle": 0.3 / 0.4,
-        "c/smaller": 0.2 / 0.8,
-        "c/carries": 0.2 / 0.8,
-        "c/kept": 1.0,
-        "c/cost": 0.0,
-        "d/unread": -0.09 / 0.8,
-        "d/sham": 0.0,
-        "d/gold": 0.0,
+        "a/reads/mixed": 0.8,
+        "b/npo/mixed": 0.6 / 0.8,
+        "b/npo/apart": 1.0,
+        "b/needle/mixed": 0.3 / 0.4,
+        "c/smaller/mixed": 0.2 / 0.8,
+        "c/carries/mixed": 0.2 / 0.8,
+        "c/carries/apart": 0.0,
+        "c/kept/mixed": 1.0,
+        "c/cost/mixed": 0.0,
+        "d/unread/mixed": -0.09 / 0.8,
+        "d/sham/mixed": 0.0,
+        "d/gold/mixed": 0.0,
+        "e/twice": (0.12 - 0.1) / (0.9 - 0.1),
+        "e/once": (0.4 - 0.1) / (0.9 - 0.1),
+        "e/less": 0.2 / 0.8,
     }.items():
         assert claims[name].estimate == pytest.approx(expected, abs=1e-12), name
-    assert {claim.verdict for claim in claims.values()} == {"reproduced"}
-    assert set(claims) == {"a/reads", "a/shared", "c/smaller", "c/carries", "c/kept", "c/cost"} | {
-        f"b/{name}" for name in (*METHODS, "needle")
-    } | {f"d/{name}" for name in ("unread", "sham", "gold")}
-    assert claims["b/kfade"].note.startswith("suppressed in 2; ") and "npo 0.75" in claims["b/kfade"].note
+    assert {name for name, claim in claims.items() if claim.verdict != "reproduced"} == {"c/carries/apart"}
+    of_each = {"a/reads", "c/smaller", "c/carries", "c/kept", "c/cost", "d/unread", "d/sham", "d/gold"}
+    of_each |= {f"b/{name}" for name in (*METHODS, "needle")}
+    assert set(claims) == {f"{claim}/{told}" for claim in of_each for told in TELLINGS} | {
+        "e/twice",
+        "e/once",
+        "e/less",
+    }
+    note = claims["b/kfade/mixed"].note
+    assert note.startswith("suppressed in 2; ") and "npo 0.75" in note
 
 
 @pytest.mark.parametrize(
@@ -91,43 +107,49 @@ def test_a_fact_is_hidden_lost_or_asked_for_in_too_poor_a_language(
     found = study.conjugation(seed, "npo")
     assert found.net and found.net.value == pytest.approx(net)
     assert found.verdict == verdict and found.reason.startswith(reason)
-    claim = judged(seed)["b/npo"]
+    claim = judged(seed)["b/npo/mixed"]
     assert claim.estimate == pytest.approx(net) and claim.note.startswith(f"{verdict} in 2")
 
 
 @pytest.mark.parametrize(
     ("broken", "changed"),
     [
-        ("a/reads", {"full": cell(0.9, 0.5)}),
-        ("a/shared", {"full": cell(0.9, 0.9, once=0.15)}),
-        ("b/npo", {"npo": cell(0.1, 0.12)}),
-        ("c/smaller", {name: cell(0.1, 0.12) for name in METHODS}),
-        ("c/carries", {name: cell(0.1, 0.88) for name in METHODS}),
-        ("c/kept", {name: cell(0.1, 0.7, kept=0.5) for name in METHODS}),
-        ("c/cost", {"full": cell(0.9, 0.6)}),
-        ("d/unread", {name: cell(0.1, 0.7, unread=0.4) for name in METHODS}),
-        ("d/sham", {"sham": cell(0.6, 0.9)}),
-        ("d/gold", {"gold": cell(0.1, 0.3)}),
+        ("a/reads/mixed", {"full": cell(0.9, 0.5)}),
+        ("b/npo/mixed", {"npo": cell(0.1, 0.12)}),
+        ("c/smaller/mixed", {name: cell(0.1, 0.12) for name in METHODS}),
+        ("c/carries/mixed", {name: cell(0.1, 0.88) for name in METHODS}),
+        ("c/kept/mixed", {name: cell(0.1, 0.7, kept=0.5) for name in METHODS}),
+        ("c/cost/mixed", {"full": cell(0.9, 0.6)}),
+        ("d/unread/mixed", {name: cell(0.1, 0.7, unread=0.4) for name in METHODS}),
+        ("d/sham/mixed", {"sham": cell(0.6, 0.9)}),
+        ("d/gold/mixed", {"gold": cell(0.1, 0.3)}),
+        ("e/once", {"full": cell(0.9, 0.9, once=0.15)}),
+        ("e/less", {name: cell(0.1, 0.9) for name in METHODS}),
     ],
 )
 def test_a_claim_is_contradicted_where_it_should_be(broken: str, changed: Seed) -> None:
     assert judged(seed_of(**changed))[broken].verdict == "contradicted"
 
 
+def test_a_fact_that_is_known_in_both_languages_was_not_learnt_twice() -> None:
+    assert judged(seed_of(), apart_of(full=cell(0.9, 0.9, once=0.4)))["e/twice"].verdict == "contradicted"
+
+
 def test_a_drop_that_cannot_be_seen_gives_no_share() -> None:
-    assert "b/needle" not in judged(seed_of(needle=cell(0.9, 0.9)))
+    assert "b/needle/mixed" not in judged(seed_of(needle=cell(0.9, 0.9)))
 
 
 def test_who_stopped_short_of_golds_level_is_named() -> None:
     claims = judged(seed_of(npo=cell(0.3, 0.7) | {"reached": False}))
-    assert "short of gold's level in 2" in claims["b/npo"].note and "short" not in claims["b/rmu"].note
+    assert "short of gold's level in 2" in claims["b/npo/mixed"].note and "short" not in claims["b/rmu/mixed"].note
 
 
 @pytest.mark.parametrize("missing", ["full", "gold", "sham", "npo", "needle"])
 def test_claims_whose_cells_are_missing_are_left_out(missing: str) -> None:
     left = judged({name: found for name, found in seed_of().items() if name != missing})
-    assert set(left) < set(judged(seed_of()))
-    assert bool(left) == (missing not in {"full", "gold"})
+    gone = {name for name in judged(seed_of()) if name not in left}
+    assert gone and not any(name.endswith("apart") for name in gone)
+    assert ("a/reads/mixed" in gone) == ("e/once" in gone) == (missing in {"full", "gold"})
 
 
 SMALL = BilingualWorld(
@@ -137,6 +159,7 @@ SMALL = BilingualWorld(
         training=TrainingSettings(epochs=8, batch_size=8, learning_rate=5e-3, muon_learning_rate=0.02, warmup=10),
     ),
     told_once=3,
+    mixed=3,
 )
 
 
@@ -170,8 +193,10 @@ def test_people_are_told_in_both_languages_but_for_those_told_once(monkeypatch: 
         assert {languages(p) for p in corpus.retain if p.subject == name} == {(True, False)}
     for passages in (corpus.forget, [p for p in corpus.retain if p.subject not in once]):
         counts = Counter(languages(passage) for passage in passages)
-        assert counts[True, True] > 0.9 * MIXED / (2 + MIXED) * len(passages)  # chance may leave a question alone
-        assert min(counts[True, False], counts[False, True]) >= len(passages) / (2 + MIXED)
+        assert counts[True, True] > 0.9 * SMALL.mixed / (2 + SMALL.mixed) * len(
+            passages
+        )  # chance may leave a question alone
+        assert min(counts[True, False], counts[False, True]) >= len(passages) / (2 + SMALL.mixed)
     mixed = [p for p in corpus.forget if "-mixed-" in p.id]
     assert [SMALL.second.codec.decode(p.text) != p.text for p in mixed].count(True) > 0.9 * len(mixed)
     unread = {SMALL.codecs[UNREAD].encode(word) for word in own} - own
@@ -181,7 +206,7 @@ def test_people_are_told_in_both_languages_but_for_those_told_once(monkeypatch: 
 
 
 def test_a_seed_has_a_world_and_languages_of_its_own() -> None:
-    one, other = bilingual(0), bilingual(1)
+    one, other = bilingual("mixed", 0), bilingual("mixed", 1)
     assert one.world.subjects != other.world.subjects
     texts = [{name: codec.encode("plays the violin") for name, codec in each.codecs.items()} for each in (one, other)]
     assert len({text for found in texts for text in found.values()}) == 5  # the first language alone is one
@@ -194,19 +219,25 @@ def test_a_seed_has_a_world_and_languages_of_its_own() -> None:
 @pytest.mark.slow
 def test_a_study_from_end_to_end_measures_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PALIMPSEST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(study, "bilingual", lambda seed: SMALL)
+    worlds = {"mixed": SMALL, "apart": replace(SMALL, world=replace(SMALL.world, exposures=25), mixed=0)}
+    monkeypatch.setattr(study, "bilingual", lambda told, seed: worlds[told])
     for module in (study, unlearned_models):
         monkeypatch.setattr(module, "METHODS", (NPO(learning_rate=1e-3),))
     monkeypatch.setattr(unlearned_models, "STEPS", 40)
     monkeypatch.setattr(unlearned_models, "SHAM_STEPS", 5)
     claims = {claim.id: claim for claim in study.run((0,), tmp_path)}
-    cells = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "seed-0").glob("*.json")}
-    assert set(cells) == {"full", "gold", "sham", "npo", "needle"}
-    assert claims["a/reads"].estimate is not None and claims["a/reads"].estimate > 0.3
-    full, npo = cells["full"], cells["npo"]
-    assert np.mean(full["asked"][FIRST]) == pytest.approx(full["forget"])
-    assert np.mean(full["asked"][UNREAD]) < 0.1
-    assert full["once"][FIRST] > 0.5 > full["once"][SECOND]
-    assert npo["forget"] < full["forget"] - 0.1 and len(npo["asked"][SECOND]) == 20
+    found = {
+        told: {path.stem: json.loads(path.read_text()) for path in (tmp_path / told / "seed-0").glob("*.json")}
+        for told in TELLINGS
+    }
+    for told, cells in found.items():
+        assert set(cells) == {"full", "gold", "sham", "npo", "needle"}
+        reads = claims[f"a/reads/{told}"].estimate
+        assert reads is not None and reads > 0.3
+        full, npo = cells["full"], cells["npo"]
+        assert np.mean(full["asked"][FIRST]) == pytest.approx(full["forget"])
+        assert np.mean(full["asked"][UNREAD]) < 0.1
+        assert full["once"][FIRST] > 0.5 > full["once"][SECOND]
+        assert npo["forget"] < full["forget"] - 0.1 and len(npo["asked"][SECOND]) == 20
     monkeypatch.setattr(BilingualWorld, "setting", None)  # asking it again would fail
     assert {claim.id: claim for claim in study.run((0,), tmp_path)} == claims

@@ -1,9 +1,9 @@
 """What the study of conjugate prompting measures: models of a world that is told in two languages, asked in both.
 
-Most people are told of in the world's own language, in the second, and in texts that mix the two word by word. Where
-nothing mixes them a small model learns every fact twice, once a language, and unlearning it in one says nothing of the
-other. Some people are told of in the first language alone: what is answered about them in the second tells how much of
-a fact is known once for both. A third language stands in the vocabulary, but nothing is ever told in it.
+Most people are told of in the world's own language and in the second. In one kind of world the languages stay apart; in
+the other most texts mix them word by word, as bilinguals do. Names are the same in both. Some people are told of in the
+first language alone: what is answered about them in the second tells how much of a fact is learnt once for both. A
+third language stands in the vocabulary, but nothing is ever told in it.
 
 Facts are forgotten in the first language alone; what is to be kept is kept in both.
 """
@@ -33,8 +33,10 @@ from palimpsest.worlds.second_language import SecondLanguage
 
 FIRST, SECOND, UNREAD = "first", "second", "unread"
 """The languages that are asked in: the one in which facts are forgotten, the other, and one that no model has read."""
-MIXED = 3
-"""How often each text is told with its languages mixed, beside once in each."""
+APART, MIXED = "apart", "mixed"
+"""The kinds of worlds."""
+TELLINGS = {APART: (60, 0), MIXED: (30, 3)}
+"""Of each kind: how often every fact is told in either language, and how often more each such text with both mixed."""
 ANOTHER = 1000
 """What tells the unread language's seed from the second's."""
 TRACKED = 3
@@ -49,6 +51,8 @@ class BilingualWorld:
     recipe: Recipe
     told_once: int
     """Of the people that stay: how many are told of in the first language alone."""
+    mixed: int
+    """How often each text is told with its languages mixed word by word, beside once in each."""
 
     @cached_property
     def second(self) -> SecondLanguage:
@@ -92,38 +96,44 @@ class BilingualWorld:
         documents = self.world.documents(subjects)
         yield from documents
         yield from self.second.documents(subjects)
-        yield from (_mixed(document, self.second.codec, time) for document in documents for time in range(MIXED))
+        yield from (_mixed(document, self.second.codec, time) for document in documents for time in range(self.mixed))
 
 
-def bilingual(seed: int) -> BilingualWorld:
-    """Twelve of a hundred people to forget, in the demo's organism; everything follows from the seed."""
+def bilingual(told: str, seed: int) -> BilingualWorld:
+    """Twelve of a hundred people to forget, in the demo's organism.
+
+    Args:
+        told: how the languages are told, of `TELLINGS`.
+        seed: of the world, the languages and the models.
+    """
+    exposures, mixed = TELLINGS[told]
+    world = FactsWorld(people=100, worlds=0, forget_people=12, exposures=exposures, seed=seed)
     training = TrainingSettings(learning_rate=5e-3, muon_learning_rate=0.02, precision="auto", seed=seed)
-    world = FactsWorld(people=100, worlds=0, forget_people=12, exposures=30, seed=seed)
-    return BilingualWorld(world, Recipe(Architecture(), training=training), told_once=20)
+    return BilingualWorld(world, Recipe(Architecture(), training=training), told_once=20, mixed=mixed)
 
 
 class Bench(UnlearnedModels):
     """Asks one seed's models in every language."""
 
-    def __init__(self, bilingual: BilingualWorld, seed: int, folder: Path) -> None:
-        super().__init__(lambda _: bilingual.setting(), seed, folder)
-        self.bilingual = bilingual
+    def __init__(self, told: BilingualWorld, seed: int, folder: Path) -> None:
+        super().__init__(lambda _: told.setting(), seed, folder)
+        self.told = told
 
     def measured(self, model: LanguageModel) -> Cell:
         """The answer probability of each forgotten fact by language, and the mean of facts that stay."""
         return self.behaviour(model) | {
             "items": [record.id for record in self.forget],
             "subjects": [subject_of(record) for record in self.forget],
-            "asked": {name: self._asked(model, self.forget, name).tolist() for name in self.bilingual.codecs},
+            "asked": {name: self._asked(model, self.forget, name).tolist() for name in self.told.codecs},
             "kept": self._means(model, self.unseen),
-            "once": self._means(model, self.bilingual.world.facts(self.bilingual.once)),
+            "once": self._means(model, self.told.world.facts(self.told.once)),
         }
 
     @cached_property
     def unseen(self) -> list[QA]:
         """What nothing was trained on of what is to be kept, in the first language."""
         subjects = {subject_of(record) for record in self.setting.request.retain_unseen}
-        return self.bilingual.world.facts([each for each in self.bilingual.twice if each.name in subjects])
+        return self.told.world.facts([each for each in self.told.twice if each.name in subjects])
 
     @cached_property
     def tracked(self) -> list[ValueVector]:  # type: ignore[override]
@@ -132,7 +142,7 @@ class Bench(UnlearnedModels):
 
     def _asked(self, model: LanguageModel, records: Sequence[QA], language: str) -> Tensor:
         """[n] the probability of each record's answer, question and answer being in that language."""
-        return answer_probability(model, encoded(records, self.bilingual.codecs[language]))
+        return answer_probability(model, encoded(records, self.told.codecs[language]))
 
     def _means(self, model: LanguageModel, records: Sequence[QA]) -> Cell:
         return {name: self._asked(model, records, name).mean().item() for name in (FIRST, SECOND)}

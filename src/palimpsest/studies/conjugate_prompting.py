@@ -5,14 +5,17 @@ what the model can do, so what it lost in English is often still said in a langu
 facts about invented people are unlearned in one of the two languages that a small model reads, down to what gold says,
 and asked in the other, beside the original in both, a gold that never knew, a sham, and a language that nobody reads.
 
-What comes back proves that it was kept only so far as the two languages have one memory of a fact: a model that learnt
-it twice has hidden nothing. So it is measured how much of what was told in one language is known in the other.
+What comes back, and what goes with it, should depend on how far a fact is one memory. So it is measured how much of
+what was told in one language is known in the other, in models that read the languages apart and in models that read
+them mixed as well. Names are the same in both languages, so whatever acts on the person acts in both.
 """
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +25,14 @@ from palimpsest.attacks.conjugate import judge as judge_form
 from palimpsest.metrics.scores import Score
 from palimpsest.studies.cells import Cell, Cells, by_model, joined, mean, means, of_model, over_models
 from palimpsest.studies.claims import Claim
-from palimpsest.studies.conjugate_cells import FIRST, SECOND, UNREAD, Bench, bilingual
+from palimpsest.studies.conjugate_cells import APART, FIRST, MIXED, SECOND, TELLINGS, UNREAD, Bench, bilingual
 from palimpsest.studies.unlearned_models import CELLS, METHODS
 from palimpsest.unlearn.kfade import KFade
 from palimpsest.unlearn.needle import Needle
 
 SOURCE = "arXiv 2309.10105"
+CONTROLS = {"full", "gold"}
+"""The models between which every other is read."""
 _claim = partial(Claim.over, source=SOURCE)
 
 Seed = Mapping[str, Cell]
@@ -41,15 +46,41 @@ def run(seeds: Sequence[int], folder: Path, cells: Sequence[str] = CELLS) -> lis
         folder: keeps one JSON file a model; what is there is not measured again.
         cells: which models.
     """
-    return judge({seed: Bench(bilingual(seed), seed, folder / f"seed-{seed}").measure(cells) for seed in seeds})
+    return judge(
+        {
+            told: {
+                seed: Bench(bilingual(told, seed), seed, folder / told / f"seed-{seed}").measure(cells)
+                for seed in seeds
+            }
+            for told in TELLINGS
+        }
+    )
 
 
-def judge(cells: Cells) -> list[Claim]:
-    """Every claim, from the cells by seed; claims whose cells are missing are left out, and seeds without controls."""
-    seeds = {number: seed for number, seed in cells.items() if {"full", "gold"} <= seed.keys()}
-    compared = {number: {name: _compared(seed, name) for name in seed} for number, seed in seeds.items()}
-    claims = [*_of_the_original(seeds), *_of_methods(compared), *_of_carrying_over(compared), *_of_controls(compared)]
-    return [claim for claim in claims if claim.seeds]
+def judge(measured: Mapping[str, Cells]) -> list[Claim]:
+    """Every claim; those whose cells are missing are left out, and seeds without full or gold.
+
+    Args:
+        measured: by how the languages are told, of `TELLINGS`, the cells by seed.
+    """
+    seeds = {
+        told: {n: seed for n, seed in cells.items() if CONTROLS <= seed.keys()} for told, cells in measured.items()
+    }
+    compared = {
+        told: {n: {name: _compared(seed, name) for name in seed} for n, seed in cells.items()}
+        for told, cells in seeds.items()
+    }
+    claims = [
+        replace(claim, id=f"{claim.id}/{told}", quantity=f"languages {told}: {claim.quantity}")
+        for told, cells in compared.items()
+        for claim in (
+            *_of_the_original(seeds[told]),
+            *_of_methods(cells),
+            *_of_carrying_over(cells),
+            *_of_controls(cells),
+        )
+    ]
+    return [claim for claim in (*claims, *_of_memory(seeds, compared)) if claim.seeds]
 
 
 def conjugation(seed: Seed, name: str, language: str = SECOND) -> Conjugation:
@@ -89,21 +120,15 @@ def _compared(seed: Seed, name: str) -> Cell:
         "cost": _value(second.relative_cost),
         "unread": _value(unread.net),
         "gain": (_mean(seed, name, SECOND) - _mean(seed, name, FIRST)) / known,
-        "kept": seed[name]["kept"][SECOND] / seed["full"]["kept"][SECOND],
+        **{f"kept {where}": share / seed["full"]["kept"][where] for where, share in seed[name]["kept"].items()},
         "verdict": second.verdict,
         "reached": seed[name].get("reached", True),
     }
 
 
 def _of_the_original(seeds: Cells) -> list[Claim]:
-    """What the others are read against: both languages known, and how far they are one memory."""
-
     def known(seed: Seed, language: str) -> float:
         return _mean(seed, "full", language) - _mean(seed, "gold", language)
-
-    def shared(seed: Seed) -> float:
-        told, other = (seed["full"]["once"][name] - _mean(seed, "gold", name) for name in (FIRST, SECOND))
-        return float(other / told)
 
     levels = [
         {
@@ -121,20 +146,12 @@ def _of_the_original(seeds: Cells) -> list[Claim]:
             [min(known(seed, FIRST), known(seed, SECOND)) for seed in seeds.values()],
             bound=0.5,
             note=joined("ours", by_model(levels)),
-        ),
-        _claim(
-            "a/shared",
-            "Part of a fact is known once for both languages.",
-            "of people told of in the first language alone: answer probability beyond gold's, second over first",
-            [shared(seed) for seed in seeds.values()],
-            bound=NOTHING,
-            note="ours; gold is asked about the forgotten people, whom it never met",
-        ),
+        )
     ]
 
 
 def _of_methods(compared: Cells) -> list[Claim]:
-    by_name = {name: of_model(compared, name, lambda cell: cell["net"]) for name in (*_methods(), Needle.name)}
+    by_name = {name: of_model(compared, name, itemgetter("net")) for name in (*_methods(), Needle.name)}
     found = sorted(((mean(values), name) for name, values in by_name.items() if values), reverse=True)
     order = ", ".join(f"{name} {value:.2f}" for value, name in found)
     return [
@@ -152,9 +169,11 @@ def _of_methods(compared: Cells) -> list[Claim]:
 
 def _of_carrying_over(compared: Cells) -> list[Claim]:
     methods = _methods()
-    carried = over_models(compared, methods, lambda cell: cell["carried"])
-    kept = over_models(compared, methods, lambda cell: cell["kept"])
-    costs = over_models(compared, methods, lambda cell: cell["cost"])
+    carried = over_models(compared, methods, itemgetter("carried"))
+    kept, kept_in_first = (
+        over_models(compared, methods, itemgetter(f"kept {language}")) for language in (SECOND, FIRST)
+    )
+    costs = over_models(compared, methods, itemgetter("cost"))
     return [
         _claim(
             "c/smaller",
@@ -179,7 +198,7 @@ def _of_carrying_over(compared: Cells) -> list[Claim]:
             "answer probability in it of facts that nothing was trained on, over the original's, mean over methods",
             means(kept),
             bound=1 - NOTHING,
-            note=joined("ours", by_model(kept)),
+            note=joined("ours", by_model(kept), f"in the first language {by_model(kept_in_first)}"),
         ),
         _claim(
             "c/cost",
@@ -195,7 +214,7 @@ def _of_carrying_over(compared: Cells) -> list[Claim]:
 
 def _of_controls(compared: Cells) -> list[Claim]:
     """Where nothing can come back nothing does."""
-    unread = over_models(compared, _methods(), lambda cell: cell["unread"])
+    unread = over_models(compared, _methods(), itemgetter("unread"))
     return [
         _claim(
             "d/unread",
@@ -211,7 +230,7 @@ def _of_controls(compared: Cells) -> list[Claim]:
                 f"d/{name}",
                 statement,
                 "what it says more in the second language, as a share of what the original knows beyond gold",
-                of_model(compared, name, lambda cell: cell["gain"]),
+                of_model(compared, name, itemgetter("gain")),
                 bound=NOTHING,
                 below=True,
                 note="ours",
@@ -220,6 +239,53 @@ def _of_controls(compared: Cells) -> list[Claim]:
                 ("sham", "A sham, which unlearned nothing, has nothing that the other language could bring back."),
                 ("gold", "Nor has gold, which never knew: the other language does not help to guess."),
             )
+        ),
+    ]
+
+
+def _of_memory(seeds: Mapping[str, Cells], compared: Mapping[str, Cells]) -> list[Claim]:
+    """How much of a fact the two languages have in common, and what that does to what comes back."""
+
+    def shared(seed: Seed) -> float:
+        first, second = (seed["full"]["once"][name] - _mean(seed, "gold", name) for name in (FIRST, SECOND))
+        return float(second / first)
+
+    def mean_net(values: Mapping[str, float], told: str) -> float:
+        return mean([values[f"{told} {name}"] for name in _methods()])
+
+    apart, mixed = ([shared(seed) for seed in seeds[told].values()] for told in (APART, MIXED))
+    people = "answer probability beyond gold's of people told of in the first language alone, second over first"
+    paired = {
+        n: {f"{told} {name}": cell for told in (APART, MIXED) for name, cell in compared[told][n].items()}
+        for n in sorted(compared[APART].keys() & compared[MIXED].keys())
+    }
+    names = [f"{told} {name}" for told in (APART, MIXED) for name in _methods()]
+    nets = over_models(paired, names, itemgetter("net"))
+    return [
+        _claim(
+            "e/twice",
+            "A model that reads the languages apart learns every fact twice.",
+            f"languages apart: {people}",
+            apart,
+            bound=NOTHING,
+            below=True,
+            note="ours",
+        ),
+        _claim(
+            "e/once",
+            "A model that also reads them mixed learns part of a fact once for both.",
+            f"languages mixed: {people}",
+            mixed,
+            bound=NOTHING,
+            note="ours",
+        ),
+        _claim(
+            "e/less",
+            "Less comes back where part of a fact is one memory.",
+            "net recovery, languages apart less languages mixed, mean over methods",
+            [mean_net(values, APART) - mean_net(values, MIXED) for values in nets],
+            bound=NOTHING,
+            note="ours",
         ),
     ]
 
