@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import optimize
 from tests.early_exit.test_stack import encoder
 from tests.models.tiny_families import tiny, tiny_tokenizer
 from torch import nn
@@ -163,24 +163,48 @@ def test_exits_are_saved_and_read_and_belong_to_one_model(tmp_path: Path) -> Non
         ExitClassifier.load(tmp_path, model())
 
 
-@given(st.integers(1, 400), st.integers(0, 400), st.integers(0, 400))
-@settings(max_examples=50)
-def test_the_bound_on_the_drop_holds_the_drop(n: int, lost: int, won: int) -> None:
+def outcomes(n: int, lost: int, won: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.arange(n) < lost, (np.arange(n) >= lost) & (np.arange(n) < lost + won)
+
+
+@given(st.integers(2, 400), st.integers(0, 400), st.integers(0, 400))
+@settings(max_examples=40, deadline=None)
+def test_the_interval_of_the_drop_ends_where_the_score_is_two_deviations(n: int, lost: int, won: int) -> None:
+    """The score's deviation is under the likeliest shares given the drop, found here by maximising the likelihood."""
     lost, won = min(lost, n), min(won, n - min(lost, n))
-    full = np.arange(n) < lost
-    early = (np.arange(n) >= lost) & (np.arange(n) < lost + won)
-    low, high = drop_interval(full, early)
-    assert low <= (lost - won) / n <= high
-    assert high == pytest.approx(
-        (1.0 if lost == n else stats.beta.ppf(1 - 0.0125, lost + 1, n - lost))
-        - (0.0 if won == 0 else stats.beta.ppf(0.0125, won, n - won + 1))
-    )
+    low, high = drop_interval(*outcomes(n, lost, won))
+    assert low - 1e-9 <= (lost - won) / n <= high + 1e-9
+    back = drop_interval(*reversed(outcomes(n, lost, won)))
+    assert back == pytest.approx((-high, -low), abs=1e-6)
+    for drop in (low, high):
+        least, most = max(0.0, -drop), (1 - drop) / 2
+
+        def cost(winning: float, drop: float = drop) -> float:
+            shares = np.array([winning + drop, winning, 1 - 2 * winning - drop])
+            counts = np.array([lost, won, n - lost - won])
+            return -float(counts @ np.log(np.maximum(shares, 1e-300)))
+
+        found = optimize.minimize_scalar(cost, bounds=(least, most), method="bounded", options={"xatol": 1e-12}).x
+        best = min((found, least, most), key=cost)
+        deviation = math.sqrt(max(n * (2 * best + drop - drop**2), 0.0))
+        if deviation > 1e-3 and abs(drop) < 0.999:
+            assert abs(lost - won - n * drop) / deviation == pytest.approx(1.96, abs=0.02)
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+    rng, truth, held = np.random.default_rng(0), 0.01, 0
+    for _ in range(400):
+        drawn = rng.multinomial(1000, [0.03, 0.02, 0.95])
+        low, high = drop_interval(*outcomes(1000, drawn[0], drawn[1]))
+        held += low <= truth <= high
+    assert 0.92 < held / 400 < 0.98
 
 
 def test_a_promise_that_so_few_examples_cannot_show_is_refused() -> None:
     exits = fitted()
     n = fewest_examples(0.05)
-    assert (1 - 0.05) ** n <= 0.0125 < (1 - 0.05) ** (n - 1)
+    nothing = [drop_interval(*outcomes(count, 0, 0))[1] for count in (n, n - 1)]
+    assert nothing[0] <= 0.05 + 1e-9 < nothing[1]
     with pytest.raises(DataError, match=f"{n - 1} held-out examples cannot show a drop below 0.05; give at least {n}"):
         exits.calibrate(examples(n - 1, seed=7), max_drop=0.05)
     with pytest.raises(SpecError, match="ask for one of"):
