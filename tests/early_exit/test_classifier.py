@@ -21,7 +21,7 @@ from palimpsest.early_exit.classifier import CONSISTENTEE, ExitClassifier
 from palimpsest.early_exit.encoder import Encoder
 from palimpsest.early_exit.examples import Examples, encode_examples, read_examples
 from palimpsest.early_exit.exit_table import ExitTable
-from palimpsest.early_exit.heads import pooled
+from palimpsest.early_exit.heads import pooled, read_at
 from palimpsest.early_exit.policy_training import Observations, PolicySettings, fit_policy
 from palimpsest.early_exit.rules import Confident, Fixed, Learned, Patience, exits_by, oracle, thresholds
 from palimpsest.early_exit.training import ExitTraining, weighted_sum
@@ -90,8 +90,8 @@ def test_a_head_reads_the_last_token_of_a_decoder_and_the_first_of_an_encoder(le
     for side in ("left", "right"):
         batch = collate(rows, range(len(rows)), side=side)  # type: ignore[arg-type]
         hidden = batch.ids[..., None].float()
-        assert pooled(hidden, batch.attention, True)[:, 0].tolist() == lengths
-        assert pooled(hidden, batch.attention, False)[:, 0].tolist() == [1] * len(lengths)
+        assert pooled(hidden, read_at(batch.attention, True))[:, 0].tolist() == lengths
+        assert pooled(hidden, read_at(batch.attention, False))[:, 0].tolist() == [1] * len(lengths)
 
 
 def test_rules_on_a_table_made_by_hand() -> None:

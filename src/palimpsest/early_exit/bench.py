@@ -18,7 +18,7 @@ from torch import Tensor
 from palimpsest.data.batches import Encoded, batches
 from palimpsest.early_exit.classification import WORTH_MOVING
 from palimpsest.early_exit.classifier import ExitClassifier
-from palimpsest.early_exit.heads import pooled
+from palimpsest.early_exit.heads import pooled, read_at
 from palimpsest.early_exit.rules import Fixed, Rule
 
 REPEATS = 9
@@ -29,7 +29,7 @@ class Costs:
     """Milliseconds of the parts, for a batch of these rows; medians."""
 
     enter: float
-    """Up to the first block."""
+    """All but blocks and exits: reading the rows, the way to the first block, writing down what was said."""
     rows: tuple[int, ...]
     """At how many rows the other two were timed."""
     block: tuple[float, ...]
@@ -75,19 +75,22 @@ def costs(exits: ExitClassifier, rows: Sequence[Encoded], batch_size: int, *, ru
     """
     every = list(batches(rows, batch_size=batch_size))
     batch = every[len(every) // 2].to(exits.model.network.device)
+    median_rows = [rows[row] for row in batch.rows]
     rule, counts = rule or Fixed(), sorted({1, 2, 4, 8, len(batch.ids) // 2, len(batch.ids)} - {0})
     counts = [count for count in counts if count <= len(batch.ids)]
     stack = exits.stack
     block, ask = [], []
     with torch.inference_mode():
         hidden, given = stack.enter(batch)
-        enter = _milliseconds(lambda: stack.enter(batch))
+        places = read_at(batch.attention, stack.is_decoder)
         for count in counts:
             some = torch.arange(count, device=hidden.device)
-            few, attention, besides = hidden[some], batch.attention[some], given.take(some, len(hidden))
+            few, besides = hidden[some], given.take(some, len(hidden))
 
             block.append(_milliseconds(partial(stack.run, stack.n_layers // 2, few, besides)))
-            ask.append(_milliseconds(partial(_ask, exits, rule, few, attention)))
+            ask.append(_milliseconds(partial(_ask, exits, rule, few, places[some])))
+    first = _milliseconds(partial(exits.classify, median_rows, rule=Fixed(0), batch_size=batch_size))
+    enter = max(0.0, first - exits.layers[0] * block[-1] - ask[-1])
     return Costs(enter, tuple(counts), tuple(block), tuple(ask))
 
 
@@ -172,8 +175,8 @@ def bench(
     )
 
 
-def _ask(exits: ExitClassifier, rule: Rule, hidden: Tensor, attention: Tensor) -> None:
-    states = pooled(hidden, attention, exits.stack.is_decoder)
+def _ask(exits: ExitClassifier, rule: Rule, hidden: Tensor, places: Tensor) -> None:
+    states = pooled(hidden, places)
     rule(states, exits.heads.at(0, states)[:, None])
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.data.batches import Batch, Encoded, batches
-from palimpsest.early_exit.heads import ClassHeads, pooled
+from palimpsest.early_exit.heads import ClassHeads, pooled, read_at
 from palimpsest.early_exit.rules import Rule
 from palimpsest.early_exit.stack import Stack
 from palimpsest.errors import ModelError
@@ -76,7 +76,7 @@ def _batch(
 ) -> tuple[Tensor, Tensor]:
     """[B, C] each row's logits where it left, and after how many blocks [B] that was; on the CPU."""
     hidden, given = stack.enter(batch)
-    attention, n_rows = batch.attention, len(batch.ids)
+    places, n_rows = read_at(batch.attention, stack.is_decoder), len(batch.ids)
     said = torch.zeros(n_rows, heads.n_classes)
     left = torch.full((n_rows,), layers[-1])
     lines = torch.arange(n_rows)  # which rows of the batch are still carried along
@@ -86,16 +86,19 @@ def _batch(
         hidden = stack.run(layer, hidden, given)
         if layer + 1 not in layers:
             continue
-        states = pooled(hidden, attention, stack.is_decoder)
+        states = pooled(hidden, places)
         logits = torch.cat([earlier, heads.at(earlier.shape[1], states)[:, None]], 1)
         is_last = layer + 1 == layers[-1]
         leaves = going if is_last else going & rule(states, logits).cpu()
+        earlier = logits
+        if not leaves.any():
+            continue
         said[lines[leaves]], left[lines[leaves]] = logits[leaves, -1].cpu(), layer + 1
-        going, earlier = going & ~leaves, logits
+        going = going & ~leaves
         if not going.any():
             break
         if compact and going.sum() <= (1 - WORTH_MOVING) * len(going):
             stay = going.nonzero()[:, 0]
-            hidden, attention, earlier = hidden[stay], attention[stay], earlier[stay]
+            hidden, places, earlier = hidden[stay], places[stay], earlier[stay]
             given, lines, going = given.take(stay, len(going)), lines[stay], going[stay]
     return said, left

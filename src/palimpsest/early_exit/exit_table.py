@@ -15,7 +15,7 @@ from torch import Tensor
 
 from palimpsest.data.batches import Batch
 from palimpsest.early_exit.examples import Examples
-from palimpsest.early_exit.heads import ClassHeads, confidence, pooled
+from palimpsest.early_exit.heads import ClassHeads, confidence, pooled, read_at
 from palimpsest.early_exit.stack import Stack
 from palimpsest.progress import Report
 
@@ -93,11 +93,11 @@ def exit_states(
 def batch_states(stack: Stack, layers: Sequence[int], batch: Batch) -> Tensor:
     """[B, E, d] the same of one batch. Gradients flow if they are enabled."""
     hidden, given = stack.enter(batch)
-    kept = []
+    kept, places = [], read_at(batch.attention, stack.is_decoder)
     for layer in range(max(layers)):
         hidden = stack.run(layer, hidden, given)
         if layer + 1 in layers:
-            kept.append(pooled(hidden, batch.attention, stack.is_decoder))
+            kept.append(pooled(hidden, places))
     return torch.stack(kept, 1)
 
 

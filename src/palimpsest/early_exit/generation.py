@@ -18,11 +18,10 @@ from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm, linear
 
 from palimpsest.data.batches import Batch, Encoded, batches
 from palimpsest.early_exit.decoding import Decoding, Fill
-from palimpsest.early_exit.policy import Policy
+from palimpsest.early_exit.policy import Gate, Policy
 from palimpsest.early_exit.stack import Stack
 from palimpsest.errors import DataError, ModelError, SpecError
 from palimpsest.lens.lens import Lens
@@ -117,21 +116,11 @@ class PolicyExit:
 
     def leaves(self, place: int, given: Tensor) -> Tensor:
         """By one gate."""
-        inner, bias, outer, outer_bias = self._gates[place]
-        normed = layer_norm(given.float(), (self.policy.width,))
-        return linear(gelu(linear(normed, inner, bias)), outer, outer_bias)[:, 0] > 0
+        return self._gates[place](given) > 0
 
     @cached_property
-    def _gates(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """`Policy.at` for one price, which is then a constant: a token at an exit costs 4 operations and not 14."""
-        policy, width = self.policy, self.policy.width
-        with torch.no_grad():
-            biases = policy.inner_bias + math.log(self.price) * policy.inner[:, :, width]
-            inner = policy.inner[:, :, :width]
-            return [
-                (inner[gate].contiguous(), biases[gate], policy.outer[gate, None], policy.outer_bias[gate, None])
-                for gate in range(len(inner))
-            ]
+    def _gates(self) -> list[Gate]:
+        return self.policy.gates_at(self.price)
 
 
 @dataclass(frozen=True, eq=False)

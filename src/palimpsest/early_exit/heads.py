@@ -36,16 +36,19 @@ class ClassHeads(nn.Module):
         return torch.stack([self.at(exit, states[:, exit]) for exit in range(len(self.maps))], 1)
 
 
-def pooled(hidden: Tensor, attention: Tensor, is_decoder: bool) -> Tensor:
-    """[B, d] what a head reads of [B, T, d]: a decoder's last real token, which has seen all, an encoder's first.
+def read_at(attention: Tensor, is_decoder: bool) -> Tensor:
+    """[B] the token that a head reads: a decoder's last real one, which has seen all, an encoder's first.
 
     Args:
-        hidden: the hidden states.
         attention: [B, T] bool, False at padding, on either side.
         is_decoder: which it is.
     """
     real = attention.long()
-    places = (real * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(1) if is_decoder else real.argmax(1)
+    return (real * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(1) if is_decoder else real.argmax(1)
+
+
+def pooled(hidden: Tensor, places: Tensor) -> Tensor:
+    """[B, d] the hidden states [B, T, d] at one token [B] a row."""
     return hidden[torch.arange(len(hidden), device=hidden.device), places]
 
 

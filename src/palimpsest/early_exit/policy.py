@@ -8,11 +8,13 @@ cost, it can as well be summed up exactly, with the same gradient in expectation
 Shapes: N examples (rows, or tokens), E exits of which the last is the whole network, d the model's width.
 """
 
+import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, logsigmoid
+from torch.nn.functional import gelu, layer_norm, linear, logsigmoid
 
 Hardness = Literal["none", "memorized", "solvable"]
 
@@ -65,12 +67,42 @@ class Policy(nn.Module):
         features = None if features is None else features[:, None]
         return self._gated(states[:, None], log_price, features, slice(exit, exit + 1))[:, 0]
 
+    def gates_at(self, price: float) -> "list[Gate]":
+        """Every gate for one price of a whole pass, which is then a constant: asked in a few operations."""
+        with torch.no_grad():
+            biases = self.inner_bias + math.log(price) * self.inner[:, :, -1]
+            inner = self.inner[:, :, :-1]
+            return [
+                Gate(inner[gate].contiguous(), biases[gate], self.outer[gate, None], self.outer_bias[gate, None])
+                for gate in range(len(inner))
+            ]
+
     def _gated(self, states: Tensor, log_price: Tensor, features: Tensor | None, gates: slice) -> Tensor:
-        normed = nn.functional.layer_norm(states.float(), (self.width,))
+        normed = layer_norm(states.float(), (self.width,))
         prices = log_price[:, None, None].expand(-1, states.shape[1], 1)
         inputs = torch.cat([normed, prices] if features is None else [normed, features, prices], -1)
         inner = torch.einsum("ngi,ghi->ngh", inputs, self.inner[gates]) + self.inner_bias[gates]
         return (gelu(inner) * self.outer[gates]).sum(-1) + self.outer_bias[gates]
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """One exit's gate at one price; h its width, F the features that it reads."""
+
+    inner: Tensor
+    """[h, d + F]"""
+    inner_bias: Tensor
+    """[h]"""
+    outer: Tensor
+    """[1, h]"""
+    outer_bias: Tensor
+    """[1]"""
+
+    def __call__(self, states: Tensor, features: Tensor | None = None) -> Tensor:
+        """[N] the logit of exiting, from states [N, d] and features [N, F]."""
+        normed = layer_norm(states.float(), (states.shape[-1],))
+        inputs = normed if features is None else torch.cat([normed, features], -1)
+        return linear(gelu(linear(inputs, self.inner, self.inner_bias)), self.outer, self.outer_bias)[:, 0]
 
 
 def log_exit_probabilities(gates: Tensor) -> Tensor:

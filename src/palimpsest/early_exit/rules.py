@@ -7,6 +7,7 @@ Shapes: N examples that are still there, e + 1 exits so far, E in all, d the mod
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from palimpsest.early_exit.exit_table import ExitTable
 from palimpsest.early_exit.heads import confidence
-from palimpsest.early_exit.policy import Policy
+from palimpsest.early_exit.policy import Gate, Policy
 
 
 class Rule(Protocol):
@@ -99,10 +100,12 @@ class Learned:
     def __call__(self, states: Tensor, logits: Tensor) -> Tensor:
         """[N] bool; see `Rule`."""
         device = self.policy.outer.device
-        log_price = torch.full((len(states),), self.price, device=device).log()
         features = confidence(logits[:, -2:])[:, -1].to(device) if self.policy.n_features else None
-        gates = self.policy.at(logits.shape[1] - 1, states.to(device), log_price, features)
-        return (gates > 0).to(states.device)
+        return (self._gates[logits.shape[1] - 1](states.to(device), features) > 0).to(states.device)
+
+    @cached_property
+    def _gates(self) -> list[Gate]:
+        return self.policy.gates_at(self.price)
 
 
 def exits_by(rule: Rule, table: ExitTable) -> Tensor:
