@@ -1,7 +1,7 @@
 """Environments of gymnasium with another reward in place of the true one, and episodes played in them.
 
 Only fixed horizons are evidence: where an episode can end early, its length tells a learner the sign of the true reward
-whatever the learned one says (Gleave et al. 2022, arXiv 2211.11972). Needs gymnasium and stable-baselines3.
+whatever the learned one says (Freire et al. 2020, arXiv 2012.01365). Needs gymnasium and stable-baselines3.
 
 Shapes: E environments side by side, H steps of an episode.
 """
