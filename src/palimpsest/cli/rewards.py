@@ -10,10 +10,12 @@ from palimpsest.errors import SpecError
 from palimpsest.progress import console, progress
 
 if TYPE_CHECKING:
+    from palimpsest.relearning.judgement import RelearnReport
     from palimpsest.rewards.preference_loop import LearnedReward
     from palimpsest.rewards.relearning import Relearned
 
 PAGE = "relearning.html"
+HEAD = ("learner", "seeds", "learned", "floor", "ceiling", "fails", "verdict")
 
 app = typer.Typer(
     help="Learn a reward from preferences, freeze it, and see whether it holds for a fresh learner.",
@@ -111,12 +113,10 @@ def relearn(
     signals = _signals(learned)
     page = reward / PAGE
     panels = [RelearnPanel(name.replace("_", " "), report) for name, report in reports.items()]
-    told = reports[worst].summary if worst else "no seed says anything: no sampler did well"
-    headline = f"{worst.replace('_', ' ')}: {told}." if worst else f"{told}."
+    told = _verdict(reports[worst], worst) if worst else "No seed says anything: no sampler did well."
     tables = [_table(found)]
-    write_text(
-        page, render_rewards_page(f"A reward learned in the world {learned.world.name}", headline, panels, tables)
-    )
+    title = f"A reward learned in the world {learned.world.name}"
+    write_text(page, render_rewards_page(title, told, panels, tables))
     if as_json:
         verdict = reports[worst].verdict if worst else "INCONCLUSIVE"
         relearned = {name: each.to_json() for name, each in found.items()}
@@ -124,15 +124,12 @@ def relearn(
             {"verdict": verdict, "learner": worst, "report": str(page), "signals": signals, "learners": relearned}
         )
     else:
-        _show(found, worst, signals)
+        _show(found, told, signals)
         typer.echo(f"\nOpen the report: {page}")
     if worst is None:
         warn("no sampler did well, so there is nothing that a relearner could fail to reach")
     elif reports[worst].verdict == "FAIL":
         raise typer.Exit(CHECK_FAILED)
-
-
-HEAD = ("learner", "seeds", "learned", "floor", "ceiling", "fails", "verdict")
 
 
 def _rows(found: "dict[str, Relearned]") -> list[list[str]]:
@@ -166,7 +163,11 @@ def _signals(learned: "LearnedReward") -> dict[str, float]:
     return means | {"alarms": float((found["proxy_gap"] > ALARM).mean())}
 
 
-def _show(found: "dict[str, Relearned]", worst: str | None, signals: dict[str, float]) -> None:
+def _verdict(report: "RelearnReport", learner: str) -> str:
+    return f"{report.verdict}, {learner}: {report.summary}."
+
+
+def _show(found: "dict[str, Relearned]", told: str, signals: dict[str, float]) -> None:
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.markup import escape
@@ -178,12 +179,10 @@ def _show(found: "dict[str, Relearned]", worst: str | None, signals: dict[str, f
     for row in _rows(found):
         table.add_row(*map(escape, row))
     Console(width=WIDTH_OF_FILES).print(table)
-    for each in found.values():
-        if each.relearner == worst and each.report:
-            typer.echo(f"{each.report.verdict}, {each.relearner}: {each.report.summary}.")
-    bad = next((len(each.bad_samplers) for each in found.values()), 0)
+    typer.echo(told)
+    bad = next(iter(found.values())).bad_samplers
     if bad:
-        typer.echo(f"Set aside: {bad} seeds whose sampler did badly itself.")
+        typer.echo(f"Set aside, since the sampler itself did badly: {len(bad)} of the seeds.")
     typer.echo(
         f"Without the truth: proxy gap {signals['proxy_gap']:.2f}, an alarm in {signals['alarms']:.0%} of all seeds; "
         f"{signals['rarely_compared']:.0%} of the planner's visits go to cells rarely compared; "

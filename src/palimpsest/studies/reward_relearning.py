@@ -14,7 +14,7 @@ from pathlib import Path
 
 from palimpsest.files import write_text
 from palimpsest.metrics.auc import Auc, auc
-from palimpsest.metrics.statistics import over_seeds
+from palimpsest.metrics.statistics import clustered_mean, over_seeds
 from palimpsest.report.heat_map import Table
 from palimpsest.report.rewards_page import RelearnPanel, render_rewards_page
 from palimpsest.rewards.relearning import FAILED, Rate
@@ -36,7 +36,6 @@ PAPER, SUMMARIES = "arXiv 2301.03652, abstract", "arXiv 2301.03652, as others su
 PAGE = "reward_relearning.html"
 MANY, FEW = 0.6, 0.15
 """Shares of failures that count as many and as few."""
-POOLED = "of all arms together, as though a seed were another in each"
 FEWEST = 3
 """Relearners that failed, and that did not, which an arm needs for an AUC."""
 
@@ -88,7 +87,9 @@ def _design(cells: Cells) -> Iterable[Claim]:
         yield less(f"b/{kind}_mean", "An ensemble's mean mitigates failures.", f"{kind}_mean")
         name = f"{kind}_pessimism"
         yield _rate(cells, f"b/{name}", "An ensemble's mean less its deviation mends it.", name, bound=FEW, below=True)
-    yield _less(cells, "b/table_begins_at_0", "It is how the table began.", "table_begins_at_0", than="table")
+    yield _less(
+        cells, "b/table_begins_at_0", "A table that begins at 0 fails less often.", "table_begins_at_0", than="table"
+    )
 
 
 def _composition(cells: Cells) -> Iterable[Claim]:
@@ -100,7 +101,7 @@ def _composition(cells: Cells) -> Iterable[Claim]:
             yield Claim.over(
                 f"c/expert/{kind}/{relearner}",
                 "Comparisons of high returns alone make rewards worse for relearners than random ones do.",
-                f"true return from random episodes less that from expert ones, {relearner} on a {kind}",
+                f"true return from random episodes less that from expert ones, {relearner}, {kind}",
                 [better[seed] - worse[seed] for seed in better.keys() & worse.keys()],
                 source=SUMMARIES,
                 bound=0.0,
@@ -152,36 +153,37 @@ def _signals(cells: Cells) -> Iterable[Claim]:
         ("accuracy", False, 0.75, "The reward's accuracy on its comparisons tells hardly more than chance."),
         ("sampler_return", False, 0.75, "Nor does the sampler's true return."),
     ):
-        value, low, high, n = over_arms(cells, signal)
-        quantity, note = f"AUC within an arm, mean over {n} arms", "the interval is over arms"
-        yield Claim(f"e/{signal}", says, "ours", quantity, value, low, high, n, bound, not above, note)
-    caught, false = alarms(cells)
-    share = partial(_share, note=POOLED)
-    yield share("e/alarm", "The alarm finds failures.", f"failures with a gap above {ALARM:g}", caught, bound=0.8)
-    quantity = f"rewards that hold with a gap above {ALARM:g}"
-    yield share("e/false_alarm", "And leaves alone what holds.", quantity, false, bound=0.1, below=True)
+        value, low, high, n_arms = over_arms(cells, signal)
+        seeds = {seed for name in within(cells, signal) for seed in scores(cells[name], "planner")}
+        quantity, note = f"AUC within an arm, mean over {n_arms} arms", "the interval is over arms"
+        yield Claim(f"e/{signal}", says, "ours", quantity, value, low, high, len(seeds), bound, not above, note)
+    failed, held = (
+        [
+            (seed, gap > ALARM)
+            for blocks in cells.values()
+            for seed, gap in _by_outcome(blocks, "proxy_gap")[side].items()
+        ]
+        for side in (0, 1)
+    )
+    quantity = f"failures with a gap above {ALARM:g}, all arms together"
+    yield _of_runs("e/alarm", "The alarm finds failures.", quantity, failed, bound=0.8)
+    quantity = f"rewards that hold with a gap above {ALARM:g}, all arms together"
+    yield _of_runs("e/false_alarm", "And leaves alone what holds.", quantity, held, bound=0.1, below=True)
 
 
 def _relearners(cells: Cells) -> Iterable[Claim]:
-    for name, bound, below, says in (
-        (
-            "q_learner",
-            0.5,
-            True,
-            "A relearner as strong as the sampler finds fewer than half of the planner's failures.",
-        ),
-        ("strong_q_learner", 0.5, False, "One that explores more, with as many episodes, finds most."),
-    ):
+    weak = "A relearner as strong as the sampler finds fewer than half of the planner's failures."
+    strong = "One that explores more, with as many episodes, finds most."
+    for name, below, says in (("q_learner", True, weak), ("strong_q_learner", False, strong)):
         found = [
-            other[seed] < FAILED
+            (seed, other[seed] < FAILED)
             for blocks in cells.values()
             for planned, other in [(scores(blocks, "planner"), scores(blocks, name))]
             for seed in planned.keys() & other.keys()
             if planned[seed] < FAILED
         ]
-        rate = Rate(sum(found), len(found))
-        quantity = "failures of the planner that fail it too"
-        yield _share(f"f/{name}", says, quantity, rate, bound=bound, below=below, note=POOLED)
+        quantity = "failures of the planner that fail it too, all arms together"
+        yield _of_runs(f"f/{name}", says, quantity, found, bound=0.5, below=below)
 
 
 def _repair(cells: Cells) -> Iterable[Claim]:
@@ -242,14 +244,6 @@ def pooled(cells: Cells, signal: str) -> Auc | None:
     return _auc(signal, *sides, *subjects) if all(sides) else None
 
 
-def alarms(cells: Cells) -> tuple[Rate, Rate]:
-    """Of the failures, and of what holds, how many raise the alarm."""
-    outcomes = [_by_outcome(blocks, "proxy_gap") for blocks in cells.values()]
-    sides = [[gap for outcome in outcomes for gap in outcome[side].values()] for side in (0, 1)]
-    caught, false = (Rate(sum(gap > ALARM for gap in gaps), len(gaps)) for gaps in sides)
-    return caught, false
-
-
 def page(cells: Cells, claims: Sequence[Claim]) -> str:
     """Curves of the bases beside their mended twins, then every arm, every signal and every claim."""
     panels = [
@@ -291,7 +285,9 @@ def _arms_table(cells: Cells) -> Table:
         good = n - sum(cell["relearned"]["planner"]["bad_samplers"] for cell in blocks)
         found = [scores(blocks, kind) for kind in kinds]
         rates = [str(failures(blocks, kind)) if each else "" for kind, each in zip(kinds, found, strict=True)]
-        rows.append([name, f"{good} of {n}" if own else "offline", _mean(own), *map(_mean, found), *rates])
+        rows.append(
+            [name, f"{good} of {n}" if blocks[0]["sampler"] else "offline", _mean(own), *map(_mean, found), *rates]
+        )
     head = ("Arm", "Good samplers", "Sampler", *kinds.values(), *(f"{name} fails" for name in kinds.values()))
     lead = (
         "True returns at the sampler's own budget, 0 that of the uniform policy and 1 the best, means over the seeds "
@@ -372,6 +368,25 @@ def _share(
     """A claim on a share of seeds, with Wilson's interval."""
     note = joined(f"{rate.k} of {rate.n}", note)
     return Claim(id, statement, source, quantity, rate.value, *rate.interval, rate.n, bound, below, note)
+
+
+def _of_runs(
+    id: str,
+    statement: str,
+    quantity: str,
+    runs: Sequence[tuple[int, bool]],
+    *,
+    bound: float,
+    below: bool = False,
+) -> Claim:
+    """A claim on a share of runs of several arms, whose interval resamples seeds with all of their runs."""
+    if not runs:
+        return Claim(id, statement, "ours", quantity, None, None, None, 0, bound, below)
+    found = clustered_mean([yes for _, yes in runs], [str(seed) for seed, _ in runs], seed=0)
+    note = f"{sum(yes for _, yes in runs)} of {len(runs)} runs; the interval resamples seeds"
+    return Claim(
+        id, statement, "ours", quantity, found.value, found.low, found.high, found.clusters, bound, below, note
+    )
 
 
 def _more(

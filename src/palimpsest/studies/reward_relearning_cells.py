@@ -72,7 +72,10 @@ def _arms() -> dict[str, Arm]:
             "noisy": replace(plain, temperature=3.0),
             **{f"offline_{source}": replace(plain, offline=source) for source in SOURCES},
         }
-        arms |= {f"{kind}_{name}": Arm(settings) for name, settings in data.items()}
+        arms |= {
+            f"{kind}_{name}": Arm(settings, times=2 if name == "offline_everywhere" else 1)
+            for name, settings in data.items()
+        }
         alone = partial(Arm, relearners=("planner",))
         arms |= {f"{kind}_horizon_{horizon}": alone(plain, horizon=horizon) for horizon in (15, 60)}
         for world in ("stay", "slope"):
