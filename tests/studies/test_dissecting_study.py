@@ -165,6 +165,7 @@ def small(trained: Organism, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unlearned_models, "RELEARNING_STEPS", 5)
 
 
+@pytest.mark.slow
 def test_a_study_from_end_to_end_measures_nothing_twice(
     small: None, trained: Organism, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
