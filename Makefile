@@ -25,7 +25,7 @@ demo: env  ## Train a model, make it forget, audit it, and print where the repor
 test: env lint  ## Everything that must pass
 	$(BIN)/pytest -n 2 --dist loadfile
 
-test-slow: env  ## The tests that take minutes
+test-slow: env  ## The tests that take minutes; those of rewards in control and language need the extras rl and lm
 	$(BIN)/pytest -m slow
 
 lint: env  ## Style, types and the floors of the house
