@@ -1,6 +1,5 @@
 """Encoders (BERT and its like) for classification: a network and its tokenizer."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from palimpsest.errors import ModelError
-from palimpsest.models.language_model import tensor_bytes
+from palimpsest.models.language_model import weights_hash
 
 
 @dataclass(eq=False)
@@ -21,11 +20,7 @@ class Encoder:
 
     def weights_hash(self) -> str:
         """SHA-256 (hex) over the parameters' names, types, shapes and bytes."""
-        digest = hashlib.sha256()
-        for name, parameter in sorted(self.network.named_parameters()):
-            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-            digest.update(tensor_bytes(parameter))
-        return digest.hexdigest()
+        return weights_hash(self.network)
 
 
 def load_encoder(path_or_id: str | Path, *, device: str | None = None) -> Encoder:

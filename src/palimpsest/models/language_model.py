@@ -50,11 +50,7 @@ class LanguageModel:
 
     def weights_hash(self) -> str:
         """SHA-256 (hex) over the parameters' names, types, shapes and bytes."""
-        digest = hashlib.sha256()
-        for name, parameter in sorted(self.network.named_parameters()):
-            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-            digest.update(tensor_bytes(parameter))
-        return digest.hexdigest()
+        return weights_hash(self.network)
 
     def copy(self, name: str | None = None) -> "LanguageModel":
         """An independent model with the same weights."""
@@ -157,6 +153,15 @@ def refuse_other_tokenizer(model: LanguageModel, other: LanguageModel) -> None:
         f"{other.name}: its tokenizer is not that of {model.name} (token {token!r} is {numbers}); "
         "compare models that share one"
     )
+
+
+def weights_hash(network: PreTrainedModel) -> str:
+    """SHA-256 (hex) over a network's parameters' names, types, shapes and bytes; tied weights count once."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(network.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        digest.update(tensor_bytes(parameter))
+    return digest.hexdigest()
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
