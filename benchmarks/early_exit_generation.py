@@ -13,6 +13,9 @@ second, and the rest of it is held out. What is fair was settled like this:
 - `quality` is what speed costs. `teacher_forced`: perplexity of held-out text that is fed token by token, exits taken
   by the policy, keys and values as exits leave them. `free_running`: perplexity that the whole network finds in what
   was generated; greedy text repeats itself, so it is held against the same of full depth.
+- Generated text is easier than held-out text, so exits come earlier in it. The sides called `forced` decode held-out
+  text itself, token by token, and are what goes with `teacher_forced`. `best_at_equal_perplexity` gives both, of the
+  rules whose perplexity is within a hundredth of full depth's; it is chosen on the rows that it is given for.
 - `break_even` is what every exit could gain at most, measured in parts before any policy was trained, and `predicted`
   how well those parts foretell generation at fixed exits.
 - Self-speculation says what full depth says (`agreement` counts the tokens that differ); the peer's is transformers'
@@ -35,13 +38,13 @@ from harness import report
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from palimpsest.data.batches import Encoded, batches, encode
+from palimpsest.data.batches import Encoded, batches, collate, encode
 from palimpsest.data.packing import pack
 from palimpsest.data.readers import read_records
 from palimpsest.data.records import Passage, records_hash
 from palimpsest.early_exit.cost import break_even, measure, predicted_and_measured
-from palimpsest.early_exit.decoding import Fill
-from palimpsest.early_exit.generation import ConfidentExit, ExitRule, FixedExit, Heads, PolicyExit, generate
+from palimpsest.early_exit.decoding import Decoding, Fill
+from palimpsest.early_exit.generation import ConfidentExit, ExitRule, FixedExit, Heads, PolicyExit, generate, step
 from palimpsest.early_exit.policy_training import PolicySettings
 from palimpsest.early_exit.self_speculation import speculate
 from palimpsest.early_exit.stack import Stack
@@ -127,7 +130,7 @@ def main() -> None:
         pack(encode(texts, model.tokenizer, end=True), length=size.architecture.context)
         for texts in _halves(arguments.data)
     )
-    side = _Side(model, lens, Stack.of(model.network), size, [row.ids[: size.prompt] for row in held_out])
+    side = _Side(model, lens, Stack.of(model.network), size, held_out)
     context = size.prompt + size.new // 2
     parts = measure(model, context=min(context, size.architecture.context - 16), lens=lens, stack=side.stack)
     policy = fit_token_policy(
@@ -158,8 +161,11 @@ def main() -> None:
         **{f"self-speculation {blocks}": partial(side.speculated, blocks) for blocks in size.exits},
         "assistant_early_exit": lambda: side.peers(assistant_early_exit=size.exits[0]),
     }
-    seconds, said = side.in_turn(sides, arguments.runs)
-    ratios = {name: _ratio(seconds["full"], took) for name, took in seconds.items()}
+    forced = {f"{name}, forced": partial(side.forced, rule) for name, rule in {"full": whole, **rules}.items()}
+    seconds, said = side.in_turn(sides | forced, arguments.runs)
+    ratios = {
+        name: _ratio(seconds["full, forced" if name in forced else "full"], took) for name, took in seconds.items()
+    }
     lossless = ("transformers", "assistant_early_exit", *(name for name in sides if name.startswith("self-spec")))
     kept = [name for name in rules if quality[name]["teacher_forced"] <= ALLOWED * quality["full"]["teacher_forced"]]
     report(
@@ -172,7 +178,11 @@ def main() -> None:
         milliseconds_per_token={name: 1e3 * median(took) for name, took in seconds.items()},
         faster_than_full=ratios,
         quality=quality,
-        best_at_equal_perplexity=max(((ratios[name]["median"], name) for name in kept), default=None),
+        blocks_run={name: _mean_blocks(answers) for name, answers in said.items()},
+        best_at_equal_perplexity={
+            text: max(((ratios[name + suffix]["median"], name) for name in kept), default=None)
+            for text, suffix in (("held out", ", forced"), ("generated", ""))
+        },
         drafts_kept={
             name: _share_below(said[name], whole.blocks) for name in sides if name.startswith("self-speculation")
         },
@@ -193,7 +203,13 @@ class _Side:
     lens: Lens
     stack: Stack
     size: Size
-    prompts: Sequence[Sequence[int]]
+    rows: Sequence[Encoded]
+    """Held-out ones."""
+
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        """How they begin."""
+        return [row.ids[: self.size.prompt] for row in self.rows]
 
     def ours(self, rule: ExitRule, fill: Fill = "lazy", *, prompts: int | None = None) -> list[Said]:
         """The answers, tokens and exits."""
@@ -210,6 +226,22 @@ class _Side:
             self.model, asked, blocks=blocks, max_new_tokens=self.size.new, lens=self.lens, stack=self.stack
         )
         return [(one.tokens, one.exits) for one in said]
+
+    def forced(self, rule: ExitRule) -> list[Said]:
+        """The same loop, but fed with how the held-out rows do go on, whatever is said."""
+        said, heads = [], Heads(self.model, self.lens)
+        with evaluating(self.model):
+            for row in self.rows[: self.size.prompts]:
+                prompt = collate([Encoded(row.ids[: self.size.prompt], 1, self.size.prompt)], [0])
+                decoding = Decoding(self.stack, prompt, self.size.new, "lazy")
+                first = heads.tokens(heads.logits(decoding.prefill(), self.stack.n_layers))
+                tokens, exits, going = [int(first)], [self.stack.n_layers], torch.ones(1, dtype=torch.bool)
+                for fed in row.ids[self.size.prompt :][: self.size.new - 1]:
+                    token, exit = step(decoding, rule, heads, torch.tensor([fed]), going)
+                    tokens.append(int(token))
+                    exits.append(int(exit))
+                said.append((tuple(tokens), tuple(exits)))
+        return said
 
     def peers(self, **how: Any) -> list[Said]:
         """The same by transformers' own `generate`."""
@@ -313,6 +345,11 @@ def _differing(ours: Sequence[Said], others: Sequence[Said]) -> float:
     pairs = list(zip(ours, others, strict=True))
     same = sum(one == other for (own, _), (said, _) in pairs for one, other in zip(own, said, strict=False))
     return 1 - same / sum(max(len(own), len(said)) for (own, _), (said, _) in pairs)
+
+
+def _mean_blocks(said: Sequence[Said]) -> float:
+    exits = [exit for _, exits_of in said for exit in exits_of[1:]]
+    return sum(exits) / max(1, len(exits))
 
 
 def _share_below(said: Sequence[Said], last: int) -> float:
