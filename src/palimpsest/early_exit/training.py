@@ -67,7 +67,7 @@ def weighted_sum(logits: Tensor, labels: Tensor, weights: Weights = "linear") ->
 
 def fit_heads_on_states(states: Tensor, labels: Tensor, heads: ClassHeads, settings: ExitTraining) -> None:
     """Train the heads in place on the states [N, E, d] of a network that stays as it is."""
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator, labels = torch.Generator().manual_seed(settings.seed), labels.to(states.device)
 
     def loss(_: int) -> Tensor:
         rows = torch.randint(len(labels), (settings.batch_size,), generator=generator)
