@@ -16,7 +16,7 @@ from palimpsest.audit.verify import verify
 from palimpsest.data.records import Passage
 from palimpsest.internals.depth import fact_rows, logprob_drops, unlearning_depth
 from palimpsest.internals.patching import SETTINGS
-from palimpsest.internals.recovery import Recovered, patching_recovery
+from palimpsest.internals.recovery import LossRecovery, patching_recovery
 from palimpsest.internals.restoration import IN_BLOCKS, Restoration, restoration_recovery
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.organism import train_sham
@@ -25,7 +25,7 @@ from palimpsest.unlearn.request import Request
 from palimpsest.unlearn.stopping import Stop
 
 
-def counted(recovered: Recovered) -> list[float]:
+def counted(recovered: LossRecovery) -> list[float]:
     """Of the rows that lost something that could come back."""
     values: list[float] = recovered.weighted_by_row[recovered.counted].tolist()
     return values

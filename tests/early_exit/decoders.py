@@ -8,7 +8,7 @@ from torch import Tensor
 
 from palimpsest.data.batches import Batch
 from palimpsest.early_exit.stack import Stack
-from palimpsest.metrics.generation import _stop_ids
+from palimpsest.metrics.generation import stop_ids
 from palimpsest.models.language_model import LanguageModel
 
 LAYERS = 4
@@ -25,7 +25,7 @@ def prompts(*lengths: int, seed: int = 1) -> list[tuple[int, ...]]:
 
 def greedy(model: LanguageModel, prompt: Sequence[int], n: int) -> tuple[int, ...]:
     """What transformers' own `generate` says, without the stop."""
-    stops = sorted(_stop_ids(model.tokenizer))
+    stops = sorted(stop_ids(model.tokenizer))
     said = model.network.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),

@@ -13,7 +13,7 @@ from tests.models.tiny_families import LAYERS, tiny_rows
 from palimpsest.data.batches import Encoded, collate
 from palimpsest.errors import ModelError
 from palimpsest.internals.patching import window_plans
-from palimpsest.internals.recovery import Recovered, minus_sham, patching_recovery
+from palimpsest.internals.recovery import LossRecovery, minus_sham, patching_recovery
 from palimpsest.models.anatomy import Site
 from palimpsest.models.hooks import Patch, capture, patched
 from palimpsest.models.inputs import forward_inputs
@@ -91,7 +91,7 @@ def test_every_score_is_its_definition_row_by_row(family: str, positions: str) -
 def test_log_probability_recovery_is_gained_over_lost() -> None:
     # Three rows whose answers have these log-probabilities, of original, unlearned and patched model.
     original, unlearned, after = torch.tensor([[-0.1, -0.2, -0.3], [-4.0, -3.0, -0.1], [-2.0, -0.2, -5.0]])
-    recovered = Recovered(original - unlearned, original - after)
+    recovered = LossRecovery(original - unlearned, original - after)
     assert recovered.excluded == 1  # the unlearned model says the third better than the original
     assert recovered.of_sums == pytest.approx((2.0 + 2.8) / (3.9 + 2.8))
     assert recovered.mean == pytest.approx((2.0 / 3.9 + 1) / 2)
@@ -108,11 +108,11 @@ def test_rows_average_to_the_scores_and_those_that_lost_nothing_change_neither(
 ) -> None:
     lost = torch.tensor(before, dtype=torch.float64)
     left = lost * (1 - torch.tensor(shares[: len(before)], dtype=torch.float64))
-    alone = Recovered(lost, left)
+    alone = LossRecovery(lost, left)
     assert alone.mean == pytest.approx(float(alone.by_row.mean()), rel=1e-6, abs=1e-9)
     assert alone.of_sums == pytest.approx(float(1 - left.sum() / lost.sum()), rel=1e-6, abs=1e-9)
     nothing = torch.tensor([0.0, 1e-7, -1.0])[:known].double()
-    together = Recovered(torch.cat([nothing, lost]), torch.cat([torch.full_like(nothing, 5.0), left]))
+    together = LossRecovery(torch.cat([nothing, lost]), torch.cat([torch.full_like(nothing, 5.0), left]))
     assert together.excluded == known and together.counted.sum() == len(before)
     assert together.mean == pytest.approx(alone.mean) and together.of_sums == pytest.approx(alone.of_sums)
     assert together.by_row[:known].isnan().all() and together.weighted_by_row[:known].isnan().all()
@@ -121,20 +121,20 @@ def test_rows_average_to_the_scores_and_those_that_lost_nothing_change_neither(
 
 def test_a_higher_bound_excludes_more() -> None:
     lost, left = torch.tensor([0.1, 1.0, 2.0]), torch.tensor([5.0, 0.5, 1.0])
-    assert Recovered(lost, left).mean == pytest.approx((-49 + 0.5 + 0.5) / 3)
-    bounded = Recovered(lost, left, nothing=0.5)
+    assert LossRecovery(lost, left).mean == pytest.approx((-49 + 0.5 + 0.5) / 3)
+    bounded = LossRecovery(lost, left, nothing=0.5)
     assert bounded.mean == pytest.approx(0.5) and bounded.excluded == 1
 
 
 def test_where_nothing_was_lost_there_is_no_score() -> None:
-    recovered = Recovered(torch.zeros(3), torch.ones(3))
+    recovered = LossRecovery(torch.zeros(3), torch.ones(3))
     assert recovered.mean is None and recovered.of_sums is None and recovered.excluded == 3
     assert recovered.by_row.isnan().all()
 
 
 def test_minus_sham_is_a_difference_of_rows_that_both_lost() -> None:
-    unlearned = Recovered(torch.tensor([4.0, 4.0, 0.0, 2.0]), torch.tensor([1.0, 2.0, 0.0, 3.0]))
-    sham = Recovered(torch.tensor([2.0, 0.0, 1.0, 1.0]), torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    unlearned = LossRecovery(torch.tensor([4.0, 4.0, 0.0, 2.0]), torch.tensor([1.0, 2.0, 0.0, 3.0]))
+    sham = LossRecovery(torch.tensor([2.0, 0.0, 1.0, 1.0]), torch.tensor([1.0, 0.0, 1.0, 1.0]))
     torch.testing.assert_close(
         minus_sham(unlearned, sham), torch.tensor([0.25, math.nan, math.nan, -0.5]), equal_nan=True
     )

@@ -26,7 +26,7 @@ NOTHING = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
-class Recovered:
+class LossRecovery:
     """By one loss, the share of it that is gone again, in n rows."""
 
     before: Tensor
@@ -75,11 +75,11 @@ class Recovered:
 class KnowledgeRecovery:
     """What putting parts of the original into an unlearned model recovers of n answers, by three losses."""
 
-    mse: Recovered
+    mse: LossRecovery
     """Of the logits: the mean squared difference over the vocabulary and the answer's tokens."""
-    kl: Recovered
+    kl: LossRecovery
     """KL(original || model), nats a token; unlike the squares it does not see logits that rise or fall together."""
-    logprob: Recovered
+    logprob: LossRecovery
     """What is missing of the answer's log-probability, nats a token; negative where the model knows it better. The only
     loss that is about the fact and not about the whole distribution."""
 
@@ -104,7 +104,7 @@ class KnowledgeRecovery:
         return self.logprob.of_sums
 
 
-def minus_sham(unlearned: Recovered, sham: Recovered) -> Tensor:
+def minus_sham(unlearned: LossRecovery, sham: LossRecovery) -> Tensor:
     """[n] what the unlearned model recovers in a row beyond what a sham does; NaN where either has nothing to recover.
 
     Args:
@@ -189,7 +189,7 @@ def recoveries(
             done += 1
             if report:
                 report(done, in_all, f"row {own[-1] + 1}")
-    return [KnowledgeRecovery(*map(Recovered, before, losses)) for losses in after]
+    return [KnowledgeRecovery(*map(LossRecovery, before, losses)) for losses in after]
 
 
 @dataclass(frozen=True, eq=False)

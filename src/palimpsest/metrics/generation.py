@@ -59,7 +59,7 @@ def continuations(
     It ends as an answer does; arguments as those of `generate_answers`.
     """
     rows = [Encoded(tuple(ids), start=len(ids), stop=len(ids)) for ids in prompts]
-    stops = torch.tensor(sorted(_stop_ids(model.tokenizer)), device=model.device)
+    stops = torch.tensor(sorted(stop_ids(model.tokenizer)), device=model.device)
     texts = [""] * len(rows)
     with evaluating(model) as network:
         for batch in batches(rows, batch_size=batch_size, side="left"):
@@ -98,6 +98,7 @@ def _next_inputs(network: PreTrainedModel, token: Tensor, attention: Tensor) -> 
     return inputs
 
 
-def _stop_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens before which an answer ends: every special one but the unknown word."""
     # GPT-2's unknown word is its end of text, so the end is added back.
     return ({*tokenizer.all_special_ids} - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}) - {None}

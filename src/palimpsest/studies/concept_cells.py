@@ -72,7 +72,7 @@ class Bench(UnlearnedModels):
         return [record for record in rows if isinstance(record, QA)]
 
     @cached_property
-    def tracked(self) -> list[ValueVector]:  # type: ignore[override]
+    def tracked(self) -> list[ValueVector]:
         """Of each concept, the original's vector that says its tokens best."""
         return [discover(self.setting.original, each.tokens, each.null).best.vector for each in self.concepts]
 

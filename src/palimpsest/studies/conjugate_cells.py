@@ -18,8 +18,6 @@ from torch import Tensor
 
 from palimpsest.data.codec import IDENTITY, WORD, Codec, encoded
 from palimpsest.data.records import QA, Passage, subject_of
-from palimpsest.internals.attribution import attribution, most
-from palimpsest.internals.value_vectors import ValueVector
 from palimpsest.metrics.likelihood import answer_probability
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.organism import Architecture, Corpus, Recipe, train_controls
@@ -39,8 +37,6 @@ TELLINGS = {APART: (60, 0), MIXED: (30, 3)}
 """Of each kind: how often every fact is told in either language, and how often more each such text with both mixed."""
 ANOTHER = 1000
 """What tells the unread language's seed from the second's."""
-TRACKED = 3
-"""Value vectors on which Needle puts its noise, those to which the forgotten answers owe most."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +130,6 @@ class Bench(UnlearnedModels):
         """What nothing was trained on of what is to be kept, in the first language."""
         subjects = {subject_of(record) for record in self.setting.request.retain_unseen}
         return self.told.world.facts([each for each in self.told.twice if each.name in subjects])
-
-    @cached_property
-    def tracked(self) -> list[ValueVector]:  # type: ignore[override]
-        """The original's value vectors to which the forgotten answers owe most."""
-        return most(attribution(self.setting.original, self.rows), TRACKED)
 
     def _asked(self, model: LanguageModel, records: Sequence[QA], language: str) -> Tensor:
         """[n] the probability of each record's answer, question and answer being in that language."""

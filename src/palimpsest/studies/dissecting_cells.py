@@ -14,7 +14,6 @@ from torch import Tensor
 
 from palimpsest.data.batches import Encoded, encode
 from palimpsest.data.records import QA
-from palimpsest.internals.attribution import attribution, most
 from palimpsest.internals.concept_traces import vector_traces
 from palimpsest.internals.depth import logprob_drops, unlearning_depth
 from palimpsest.internals.patching import SETTINGS, Plan
@@ -22,15 +21,12 @@ from palimpsest.internals.probes import probe_layers
 from palimpsest.internals.recovery import KnowledgeRecovery, patching_recovery
 from palimpsest.internals.restoration import IN_BLOCKS, Group, Restoration, restoration_recovery
 from palimpsest.internals.side_effects import activation_shifts
-from palimpsest.internals.value_vectors import ValueVector
 from palimpsest.models.anatomy import Kind, Site
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.models.organism import untrained_like
 from palimpsest.studies.cells import Cell
 from palimpsest.studies.unlearned_models import UnlearnedModels
 
-TRACKED = 3
-"""Value vectors that are traced, those to which the forgotten answers owe most."""
 GROUPS: tuple[Group, ...] = (*IN_BLOCKS, "embedding", "unembedding")
 
 
@@ -52,11 +48,6 @@ class Bench(UnlearnedModels):
     def untrained(self) -> LanguageModel:
         """Of the original's size: what a probe reads off the words alone."""
         return untrained_like(self.setting.original, self.seed)
-
-    @cached_property
-    def tracked(self) -> list[ValueVector]:  # type: ignore[override]
-        """The original's value vectors to which the forgotten answers owe most."""
-        return most(attribution(self.setting.original, self.rows), TRACKED)
 
     def measured(self, model: LanguageModel) -> Cell:
         """By every instrument."""

@@ -18,16 +18,12 @@ from palimpsest.attacks.quantisation import quantisation_attacks
 from palimpsest.attacks.relearn import LESSON, LESSONS, METRIC, FineTuning, Relearning
 from palimpsest.data.batches import encode
 from palimpsest.data.records import QA
-from palimpsest.internals.attribution import attribution, most
 from palimpsest.internals.depth import logprob_drops, unlearning_depth
 from palimpsest.internals.recovery import patching_recovery
-from palimpsest.internals.value_vectors import ValueVector
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.studies.cells import Cell
 from palimpsest.studies.unlearned_models import UnlearnedModels
 
-TRACKED = 3
-"""Value vectors on which Needle puts its noise, those to which the forgotten answers owe most."""
 GRID = Relearning(learning_rates=(3e-4, 1e-3), steps=(0, 5, 10, 20, 40))
 """Each seed's models relearn once at every point, with that seed."""
 
@@ -46,11 +42,6 @@ class Bench(UnlearnedModels):
             },
             "inside": self._inside(model),
         }
-
-    @cached_property
-    def tracked(self) -> list[ValueVector]:  # type: ignore[override]
-        """The original's value vectors to which the forgotten answers owe most."""
-        return most(attribution(self.setting.original, self.rows), TRACKED)
 
     @cached_property
     def gold_drops(self) -> Tensor:

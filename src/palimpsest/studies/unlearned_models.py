@@ -15,6 +15,7 @@ import torch
 
 from palimpsest.data.batches import Encoded
 from palimpsest.data.records import QA, subject_of
+from palimpsest.internals.attribution import attribution, most
 from palimpsest.internals.depth import fact_rows
 from palimpsest.internals.value_vectors import ValueVector
 from palimpsest.metrics.divergence import kl_per_item
@@ -58,6 +59,10 @@ NOISE = 5.0
 """Needle's, in deviations of the value matrices: about what ConceptVectors' 0.1 is in LLaMA-2-7B."""
 
 
+TRACKED = 3
+"""Value vectors, unless a study has its own."""
+
+
 def fine_tuning() -> list[str]:
     """The methods that may move every weight, which is what papers say of fine-tuning; RMU moves value matrices."""
     return [method.name for method in METHODS if method.name != RMU.name]
@@ -73,10 +78,10 @@ class UnlearnedModels(ABC):
     def measured(self, model: LanguageModel) -> Cell:
         """What the study wants to know of a model."""
 
-    @property
-    @abstractmethod
+    @cached_property
     def tracked(self) -> list[ValueVector]:
-        """The value vectors on which Needle puts its noise."""
+        """The value vectors on which Needle puts its noise: those to which the forgotten answers owe most."""
+        return most(attribution(self.setting.original, self.rows), TRACKED)
 
     def measure(self, wanted: Sequence[str]) -> dict[str, Cell]:
         """The cell of each model that is wanted."""
