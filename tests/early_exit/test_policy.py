@@ -76,9 +76,8 @@ def test_reinforce_has_the_exact_gradient_on_average() -> None:
 
 
 def test_a_new_policy_makes_every_exit_as_likely() -> None:
-    policy = Policy(6, 8, n_features=2)
-    states, features = torch.randn(3, 5, 8), torch.randn(3, 5, 2)
-    gates = policy(states, torch.zeros(3), features)
+    policy = Policy(6, 8)
+    gates = policy(torch.randn(3, 5, 8), torch.zeros(3))
     torch.testing.assert_close(log_exit_probabilities(gates).exp(), torch.full((3, 6), 1 / 6))
 
 
@@ -86,12 +85,12 @@ def test_a_new_policy_makes_every_exit_as_likely() -> None:
 @settings(max_examples=20)
 def test_one_gate_gives_what_all_of_them_give(size: tuple[int, int, int]) -> None:
     n, e, seed = size
-    policy = Policy(e, 8, n_features=3, seed=seed)
+    policy = Policy(e, 8, seed=seed)
     torch.nn.init.normal_(policy.outer)
-    states, features, price = torch.randn(n, e - 1, 8), torch.randn(n, e - 1, 3), torch.randn(n)
-    gates = policy(states, price, features)
+    states, price = torch.randn(n, e - 1, 8), torch.randn(n)
+    gates = policy(states, price)
     for exit in range(e - 1):
-        torch.testing.assert_close(policy.at(exit, states[:, exit], price, features[:, exit]), gates[:, exit])
+        torch.testing.assert_close(policy.at(exit, states[:, exit], price), gates[:, exit])
 
 
 @pytest.mark.parametrize("estimator", ["exact", "reinforce"])

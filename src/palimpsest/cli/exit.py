@@ -155,7 +155,7 @@ def bench(
     fitted = ExitClassifier.load(exits, loaded) if exits else ExitClassifier.of(loaded, examples.classes)
     with console.status("timing the parts"):
         parts = timing.costs(fitted, examples.rows, batch_size)
-    table = timing.break_even(parts, fitted.layers, batch_size)
+    table = timing.break_even(parts)
     measured = None
     if exits:
         with console.status("classifying in full and early, in turn"):
@@ -164,15 +164,14 @@ def bench(
         print_json({"costs": asdict(parts), "break_even": table, "measured": measured and asdict(measured)})
         return
     out = Console(highlight=False)
-    out.print(f"{batch_size} rows at a time: entering {parts.enter:.2f} ms, a block {parts.block[-1]:.2f} ms, "
-              f"an exit {parts.ask[-1]:.2f} ms")  # fmt: skip
+    out.print(f"{parts.rows[-1]} rows at a time take {parts.whole[-1]:.2f} ms through all blocks")
     for layer, ratio in table.items():
         out.print(f"  if all rows leave after {layer:>2} of {fitted.stack.n_layers} blocks: {ratio:.2f} x")
     if measured:
         low, high = measured.ratio[1:]
         out.print(
-            f"measured: {measured.full_ms:.2f} ms a row in full, {measured.early_ms:.2f} early "
-            f"({measured.predicted_ms:.2f} predicted), {measured.ratio[0]:.2f} x ({low:.2f} to {high:.2f}) at "
+            f"measured: {measured.full_ms:.2f} ms a row in full, {measured.early_ms:.2f} early, "
+            f"{measured.ratio[0]:.2f} x ({low:.2f} to {high:.2f}; {measured.predicted_ratio:.2f} predicted) at "
             f"{measured.layers:.2f} blocks a row; {measured.agreement:.1%} of the rows are told the same"
         )
 

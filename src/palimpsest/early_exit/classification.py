@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, d the model's width, C classes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -81,24 +82,24 @@ def _batch(
     left = torch.full((n_rows,), layers[-1])
     lines = torch.arange(n_rows)  # which rows of the batch are still carried along
     going = torch.ones(n_rows, dtype=torch.bool)  # which of those have not left yet
-    earlier = torch.zeros(n_rows, 0, heads.n_classes, device=hidden.device)
-    for layer in range(layers[-1]):
-        hidden = stack.run(layer, hidden, given)
-        if layer + 1 not in layers:
-            continue
+    heard = torch.zeros(n_rows, 0, heads.n_classes, device=hidden.device)  # of all exits so far, if the rule reads it
+    for exit, (before, layer) in enumerate(pairwise((0, *layers))):
+        for block in range(before, layer):
+            hidden = stack.run(block, hidden, given)
         states = pooled(hidden, places)
-        logits = torch.cat([earlier, heads.at(earlier.shape[1], states)[:, None]], 1)
-        is_last = layer + 1 == layers[-1]
-        leaves = going if is_last else going & rule(states, logits).cpu()
-        earlier = logits
+        if rule.reads_logits:
+            heard = torch.cat([heard, heads.at(exit, states)[:, None]], 1)
+        is_last = layer == layers[-1]
+        leaves = going if is_last else going & rule.leaves(exit, states, heard).cpu()
         if not leaves.any():
             continue
-        said[lines[leaves]], left[lines[leaves]] = logits[leaves, -1].cpu(), layer + 1
+        logits = heard[leaves, -1] if rule.reads_logits else heads.at(exit, states[leaves])
+        said[lines[leaves]], left[lines[leaves]] = logits.cpu(), layer
         going = going & ~leaves
         if not going.any():
             break
         if compact and going.sum() <= (1 - WORTH_MOVING) * len(going):
             stay = going.nonzero()[:, 0]
-            hidden, places, earlier = hidden[stay], places[stay], earlier[stay]
+            hidden, places, heard = hidden[stay], places[stay], heard[stay]
             given, lines, going = given.take(stay, len(going)), lines[stay], going[stay]
     return said, left

@@ -142,7 +142,7 @@ class ExitClassifier:
         if len(spent) != len(self.layers):
             raise SpecError(f"early exit: {len(spent)} times for {len(self.layers)} exits; give one for each")
         self.times = spent / spent[-1]
-        seen = Observations(table.states, table.losses, self.times, table.features, self._weights(table, settings))
+        seen = Observations(table.states, table.losses, self.times, self._weights(table, settings))
         self.policy, self.settings = fit_policy(seen, settings, report=report), settings
         self.point = None
         return self
@@ -206,6 +206,12 @@ class ExitClassifier:
             raise SpecError("early exit: no price is chosen yet; call calibrate with held-out examples first")
         return Learned(policy, self.point.price)
 
+    def only_last(self) -> "ExitClassifier":
+        """The same network and last head, with no other exit."""
+        whole = ExitClassifier.of(self.model, self.classes, self.layers[-1:])
+        whole.heads.norms[0], whole.heads.maps[0] = self.heads.norms[-1], self.heads.maps[-1]
+        return whole
+
     def classify(
         self, rows: Sequence[Encoded], *, rule: Rule | None = None, batch_size: int = 16, compact: bool = True
     ) -> Classified:
@@ -264,8 +270,7 @@ class ExitClassifier:
                 settings = about["settings"] | {"prices": tuple(about["settings"]["prices"])}
                 exits.settings, exits.times = PolicySettings(**settings), tensors["times"]
                 policy = _under("policy.", tensors)
-                n_features = policy["inner"].shape[-1] - exits.stack.d_model - 1
-                exits.policy = Policy(len(exits.layers), exits.stack.d_model, n_features=n_features)
+                exits.policy = Policy(len(exits.layers), exits.stack.d_model)
                 exits.policy.load_state_dict(policy)
                 exits.policy.requires_grad_(False).eval()
             exits.point = OperatingPoint(**about["point"]) if about["point"] else None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from palimpsest.data.batches import Batch
 from palimpsest.early_exit.examples import Examples
-from palimpsest.early_exit.heads import ClassHeads, confidence, pooled, read_at
+from palimpsest.early_exit.heads import ClassHeads, pooled, read_at
 from palimpsest.early_exit.stack import Stack
 from palimpsest.progress import Report
 
@@ -48,11 +48,6 @@ class ExitTable:
     def right(self) -> Tensor:
         """[N, E] bool, whether it is the label."""
         return self.said == self.labels[:, None]
-
-    @cached_property
-    def features(self) -> Tensor:
-        """[N, E, 3] how sure each exit is; see `confidence`."""
-        return confidence(self.logits)
 
     def accuracy(self, exits: Tensor) -> float:
         """The share of right answers if each example leaves at its exit [N], counted from 0."""

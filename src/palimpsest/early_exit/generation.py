@@ -25,7 +25,7 @@ from palimpsest.early_exit.policy import Gate, Policy
 from palimpsest.early_exit.stack import Stack
 from palimpsest.errors import DataError, ModelError, SpecError
 from palimpsest.lens.lens import Lens
-from palimpsest.metrics.generation import SILENCE, _stop_ids
+from palimpsest.metrics.generation import SILENCE, stop_ids
 from palimpsest.models.language_model import LanguageModel, evaluating
 from palimpsest.progress import Report
 
@@ -111,8 +111,6 @@ class PolicyExit:
                 f"this policy has {self.policy.n_exits - 1} gates, but {len(self.exits)} exits are named before the "
                 "last; name those that it was trained for"
             )
-        if self.policy.n_features:
-            raise SpecError("this policy reads more than hidden states, which generation does not give; train another")
 
     def leaves(self, place: int, given: Tensor) -> Tensor:
         """By one gate."""
@@ -160,7 +158,7 @@ class Answers:
             batch: the prompts.
             max_new_tokens: the longest answer.
         """
-        self.stops = torch.tensor(sorted(_stop_ids(model.tokenizer)), device=batch.ids.device)
+        self.stops = torch.tensor(sorted(stop_ids(model.tokenizer)), device=batch.ids.device)
         lengths = batch.attention.sum(1)
         limit = getattr(model.network.config, "max_position_embeddings", None) or math.inf
         # The last token is said from the last position and needs none of its own.

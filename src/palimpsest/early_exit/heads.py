@@ -50,17 +50,3 @@ def read_at(attention: Tensor, is_decoder: bool) -> Tensor:
 def pooled(hidden: Tensor, places: Tensor) -> Tensor:
     """[B, d] the hidden states [B, T, d] at one token [B] a row."""
     return hidden[torch.arange(len(hidden), device=hidden.device), places]
-
-
-def confidence(logits: Tensor) -> Tensor:
-    """[N, E, 3] how sure each exit is: largest probability, entropy, and whether it says what the one before did.
-
-    Args:
-        logits: [N, E, C] of the exits so far, the first of which agrees with none.
-    """
-    log_p = logits.log_softmax(-1)
-    p = log_p.exp()
-    said = logits.argmax(-1)
-    agrees = torch.zeros_like(p[..., 0])
-    agrees[:, 1:] = (said[:, 1:] == said[:, :-1]).float()
-    return torch.stack([p.amax(-1), -(p * log_p).sum(-1), agrees], -1)

@@ -25,7 +25,7 @@ class Policy(nn.Module):
     The price is one input, so a single policy serves every trade of accuracy for time.
     """
 
-    def __init__(self, n_exits: int, width: int, *, n_features: int = 0, hidden: int = 32, seed: int = 0) -> None:
+    def __init__(self, n_exits: int, width: int, *, hidden: int = 32, seed: int = 0) -> None:
         """A policy that has learned nothing: every exit is as likely as any other.
 
         With gates of one half, the last of 32 exits would be reached once in 2^31 rows, and would never be learned.
@@ -33,39 +33,36 @@ class Policy(nn.Module):
         Args:
             n_exits: E.
             width: d.
-            n_features: of further inputs, such as how sure the exit's head is.
             hidden: width of the gate.
             seed: of the initialisation.
         """
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        n_gates, n_inputs = n_exits - 1, width + n_features + 1
+        n_gates, n_inputs = n_exits - 1, width + 1
         self.inner = nn.Parameter(torch.randn(n_gates, hidden, n_inputs, generator=generator) * n_inputs**-0.5)
         self.inner_bias = nn.Parameter(torch.zeros(n_gates, hidden))
         self.outer = nn.Parameter(torch.zeros(n_gates, hidden))
         odds = 1 / torch.arange(n_exits - 1, 0, -1)
         self.outer_bias = nn.Parameter(odds.log())  # 1 of the exits that are left
-        self.width, self.n_features = width, n_features
+        self.width = width
 
     @property
     def n_exits(self) -> int:
         """E."""
         return len(self.outer) + 1
 
-    def forward(self, states: Tensor, log_price: Tensor, features: Tensor | None = None) -> Tensor:
+    def forward(self, states: Tensor, log_price: Tensor) -> Tensor:
         """[N, E - 1] the logit of exiting at each exit, given that it was reached.
 
         Args:
             states: [N, E - 1, d] the hidden states there.
             log_price: [N] the logarithm of the price of a whole pass, in nats.
-            features: [N, E - 1, F], where the policy was made for some.
         """
-        return self._gated(states, log_price, features, slice(None))
+        return self._gated(states, log_price, slice(None))
 
-    def at(self, exit: int, states: Tensor, log_price: Tensor, features: Tensor | None = None) -> Tensor:
-        """[N] the same of one exit, counted from 0, from its states [N, d] and features [N, F]."""
-        features = None if features is None else features[:, None]
-        return self._gated(states[:, None], log_price, features, slice(exit, exit + 1))[:, 0]
+    def at(self, exit: int, states: Tensor, log_price: Tensor) -> Tensor:
+        """[N] the same of one exit, counted from 0, from its states [N, d]."""
+        return self._gated(states[:, None], log_price, slice(exit, exit + 1))[:, 0]
 
     def gates_at(self, price: float) -> "list[Gate]":
         """Every gate for one price of a whole pass, which is then a constant: asked in a few operations."""
@@ -77,20 +74,21 @@ class Policy(nn.Module):
                 for gate in range(len(inner))
             ]
 
-    def _gated(self, states: Tensor, log_price: Tensor, features: Tensor | None, gates: slice) -> Tensor:
+    def _gated(self, states: Tensor, log_price: Tensor, gates: slice) -> Tensor:
         normed = layer_norm(states.float(), (self.width,))
         prices = log_price[:, None, None].expand(-1, states.shape[1], 1)
-        inputs = torch.cat([normed, prices] if features is None else [normed, features, prices], -1)
-        inner = torch.einsum("ngi,ghi->ngh", inputs, self.inner[gates]) + self.inner_bias[gates]
+        inner = (
+            torch.einsum("ngi,ghi->ngh", torch.cat([normed, prices], -1), self.inner[gates]) + self.inner_bias[gates]
+        )
         return (gelu(inner) * self.outer[gates]).sum(-1) + self.outer_bias[gates]
 
 
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """One exit's gate at one price; h its width, F the features that it reads."""
+    """One exit's gate at one price; h its width."""
 
     inner: Tensor
-    """[h, d + F]"""
+    """[h, d]"""
     inner_bias: Tensor
     """[h]"""
     outer: Tensor
@@ -98,11 +96,10 @@ class Gate:
     outer_bias: Tensor
     """[1]"""
 
-    def __call__(self, states: Tensor, features: Tensor | None = None) -> Tensor:
-        """[N] the logit of exiting, from states [N, d] and features [N, F]."""
+    def __call__(self, states: Tensor) -> Tensor:
+        """[N] the logit of exiting, from states [N, d]."""
         normed = layer_norm(states.float(), (states.shape[-1],))
-        inputs = normed if features is None else torch.cat([normed, features], -1)
-        return linear(gelu(linear(inputs, self.inner, self.inner_bias)), self.outer, self.outer_bias)[:, 0]
+        return linear(gelu(linear(normed, self.inner, self.inner_bias)), self.outer, self.outer_bias)[:, 0]
 
 
 def log_exit_probabilities(gates: Tensor) -> Tensor:

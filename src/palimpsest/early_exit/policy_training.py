@@ -1,6 +1,6 @@
 """A policy trained after the fact, on what every exit of a frozen network said: seconds, and nothing else changes.
 
-Shapes: N examples, E exits, d the model's width, F features.
+Shapes: N examples, E exits, d the model's width.
 """
 
 import math
@@ -62,8 +62,6 @@ class Observations:
     """[N, E] nats, of exiting there."""
     times: Tensor
     """[E] until each exit, as a share of a whole pass."""
-    features: Tensor | None = None
-    """[N, E, F]"""
     weights: Tensor | None = None
     """[N] how much an example's time counts."""
 
@@ -86,8 +84,7 @@ def fit_policy(seen: Observations, settings: PolicySettings | None = None, *, re
     if not (seen.states.isfinite().all() and seen.losses.isfinite().all()):
         raise TrainingError("early exit: a hidden state or a loss is not finite; the network gives NaN for some row")
     n, n_exits, width = seen.states.shape
-    n_features = 0 if seen.features is None else seen.features.shape[-1]
-    policy = Policy(n_exits, width, n_features=n_features, seed=settings.seed)
+    policy = Policy(n_exits, width, seed=settings.seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(n, generator=generator)
@@ -131,8 +128,7 @@ def _objective(
     samples: int | None,
     generator: torch.Generator,
 ) -> Tensor:
-    features = None if seen.features is None else seen.features[rows, :-1]
-    gates = policy(seen.states[rows, :-1], log_prices, features)
+    gates = policy(seen.states[rows, :-1], log_prices)
     weights = None if seen.weights is None else seen.weights[rows]
     costs = priced(seen.losses[rows], log_prices.exp(), seen.times, weights)
     if samples is None:

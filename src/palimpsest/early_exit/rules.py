@@ -1,7 +1,7 @@
 """When to leave: the rules that a learned policy is compared with, and the policy itself, all asked in the same way.
 
-A rule is asked at one exit after another, with what the exits so far said. So one definition serves a table of examples
-and a batch that is being classified.
+A rule is asked at one exit after another, with the states there and, if it reads it, what the exits so far said. So one
+definition serves a table of examples and a batch that is being classified.
 
 Shapes: N examples that are still there, e + 1 exits so far, E in all, d the model's width, C classes.
 """
@@ -14,19 +14,24 @@ import torch
 from torch import Tensor
 
 from palimpsest.early_exit.exit_table import ExitTable
-from palimpsest.early_exit.heads import confidence
 from palimpsest.early_exit.policy import Gate, Policy
 
 
 class Rule(Protocol):
     """Whether to leave at an exit; the last one is never asked about."""
 
-    def __call__(self, states: Tensor, logits: Tensor) -> Tensor:
+    @property
+    def reads_logits(self) -> bool:
+        """Whether it decides by what the heads say; then they are asked at every exit, of all rows."""
+        ...
+
+    def leaves(self, exit: int, states: Tensor, logits: Tensor) -> Tensor:
         """[N] bool.
 
         Args:
-            states: [N, d] at the newest exit.
-            logits: [N, e + 1, C] of the exits so far.
+            exit: e, counted from 0.
+            states: [N, d] there.
+            logits: [N, e + 1, C] of the exits so far; not to be looked at by a rule that does not read them.
         """
         ...
 
@@ -57,7 +62,9 @@ class Confident:
     measure: Sureness
     threshold: float
 
-    def __call__(self, states: Tensor, logits: Tensor) -> Tensor:
+    reads_logits = True
+
+    def leaves(self, exit: int, states: Tensor, logits: Tensor) -> Tensor:
         """[N] bool; see `Rule`."""
         return sureness(logits[:, -1], self.measure) >= self.threshold
 
@@ -68,7 +75,9 @@ class Patience:
 
     times: int
 
-    def __call__(self, states: Tensor, logits: Tensor) -> Tensor:
+    reads_logits = True
+
+    def leaves(self, exit: int, states: Tensor, logits: Tensor) -> Tensor:
         """[N] bool; see `Rule`."""
         said = logits.argmax(-1)
         if said.shape[1] <= self.times:
@@ -83,10 +92,12 @@ class Fixed:
 
     exit: int | None = None
 
-    def __call__(self, states: Tensor, logits: Tensor) -> Tensor:
+    reads_logits = False
+
+    def leaves(self, exit: int, states: Tensor, logits: Tensor) -> Tensor:
         """[N] bool; see `Rule`."""
-        here = self.exit is not None and logits.shape[1] > self.exit
-        return torch.full((len(logits),), here, device=logits.device)
+        here = self.exit is not None and exit >= self.exit
+        return torch.full((len(states),), here, device=states.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,11 +108,12 @@ class Learned:
     price: float
     """Nats: what a whole pass must lower the loss by to be worth its time."""
 
-    def __call__(self, states: Tensor, logits: Tensor) -> Tensor:
+    reads_logits = False
+
+    def leaves(self, exit: int, states: Tensor, logits: Tensor) -> Tensor:
         """[N] bool; see `Rule`."""
         device = self.policy.outer.device
-        features = confidence(logits[:, -2:])[:, -1].to(device) if self.policy.n_features else None
-        return (self._gates[logits.shape[1] - 1](states.to(device), features) > 0).to(states.device)
+        return (self._gates[exit](states.to(device)) > 0).to(states.device)
 
     @cached_property
     def _gates(self) -> list[Gate]:
@@ -114,7 +126,7 @@ def exits_by(rule: Rule, table: ExitTable) -> Tensor:
     exits = torch.full((len(table.labels),), last)
     with torch.no_grad():
         for exit in range(last - 1, -1, -1):
-            exits[rule(table.states[:, exit], table.logits[:, : exit + 1])] = exit
+            exits[rule.leaves(exit, table.states[:, exit], table.logits[:, : exit + 1])] = exit
     return exits
 
 

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from palimpsest.data.batches import batch_at
 from palimpsest.early_exit.examples import Examples
 from palimpsest.early_exit.exit_table import batch_states
-from palimpsest.early_exit.heads import ClassHeads, confidence
+from palimpsest.early_exit.heads import ClassHeads
 from palimpsest.early_exit.policy import Policy, exact_objective, priced, reinforce_objective
 from palimpsest.early_exit.policy_training import PolicySettings
 from palimpsest.early_exit.stack import Stack
@@ -61,8 +61,13 @@ def weighted_sum(logits: Tensor, labels: Tensor, weights: Weights = "linear") ->
     n, n_exits, n_classes = logits.shape
     targets = labels[:, None].expand(n, n_exits) if labels.dim() == 1 else labels
     losses = cross_entropy(logits.reshape(-1, n_classes), targets.reshape(-1), reduction="none").view(n, n_exits)
-    w = torch.arange(1, n_exits + 1, device=losses.device).float() if weights == "linear" else losses.new_ones(n_exits)
-    return (losses * w).sum(1).mean() / w.sum()
+    return (losses * exit_weights(n_exits, weights).to(losses.device)).sum(1).mean()
+
+
+def exit_weights(n_exits: int, weights: Weights) -> Tensor:
+    """[E] w_i / sum_i w_i."""
+    w = torch.arange(1, n_exits + 1).float() if weights == "linear" else torch.ones(n_exits)
+    return w / w.sum()
 
 
 def fit_heads_on_states(states: Tensor, labels: Tensor, heads: ClassHeads, settings: ExitTraining) -> None:
@@ -73,7 +78,7 @@ def fit_heads_on_states(states: Tensor, labels: Tensor, heads: ClassHeads, setti
         rows = torch.randint(len(labels), (settings.batch_size,), generator=generator)
         return weighted_sum(heads(states[rows]), labels[rows], "uniform")
 
-    _train([heads], loss, settings, None)
+    optimise([heads], loss, settings, None)
 
 
 def train_all_exits(
@@ -108,7 +113,7 @@ def train_all_exits(
         logits, rows = _pass(stack, layers, heads, examples, settings, step)[1:]
         return weighted_sum(logits, targets[rows].to(logits.device), weights)
 
-    _train([stack.network, heads], loss, settings, report, stack)
+    optimise([stack.network, heads], loss, settings, report, stack)
 
 
 def train_taken_exits(
@@ -152,15 +157,14 @@ def train_taken_exits(
         labels = examples.labels[rows].to(logits.device)
         losses = torch.stack([cross_entropy(one, labels, reduction="none") for one in logits.unbind(1)], 1)
         log_prices = (low + (high - low) * torch.rand(len(rows), generator=generator)).to(logits.device)
-        features = confidence(logits.detach())[:, :-1] if policy.n_features else None
-        gates = policy(states[:, :-1].detach(), log_prices, features)
+        gates = policy(states[:, :-1].detach(), log_prices)
         weights = None if hardness is None else hardness[rows].to(logits.device)
         costs = priced(losses, log_prices.exp(), times.to(logits.device), weights)
         if policy_settings.estimator == "exact":
             return exact_objective(gates, costs)
         return reinforce_objective(gates, costs, generator, samples=policy_settings.samples)
 
-    _train([stack.network, heads, policy], loss, settings, report, stack)
+    optimise([stack.network, heads, policy], loss, settings, report, stack)
     policy.requires_grad_(False).eval()
 
 
@@ -173,13 +177,25 @@ def _pass(
     return states, heads(states), list(batch.rows)
 
 
-def _train(
+def optimise(
     modules: list[nn.Module],
     loss_at: Callable[[int], Tensor],
     settings: ExitTraining,
     report: Report | None,
     stack: Stack | None = None,
 ) -> None:
+    """Minimise a loss that each step names.
+
+    Args:
+        modules: whose parameters are trained, in place; they are left in evaluation.
+        loss_at: a step's loss, by the number of steps before it.
+        settings: how.
+        report: told (steps done, of how many, the loss).
+        stack: whose matrices Muon takes, where the settings ask for it.
+
+    Raises:
+        TrainingError: a loss or a gradient that is not finite.
+    """
     parameters = [parameter for module in modules for parameter in module.parameters()]
     matrices = []
     if stack and settings.muon_learning_rate:
