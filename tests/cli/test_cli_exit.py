@@ -41,7 +41,10 @@ def test_rows_are_labelled_with_the_blocks_that_they_took(room: Path, exits: Pat
     assert {row["blocks"] for row in told} <= {1, 2}
 
 
-def test_the_break_even_is_told_before_anything_is_trained(room: Path, exits: Path) -> None:
+def test_the_break_even_is_told_before_anything_is_trained(
+    room: Path, exits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("palimpsest.early_exit.bench.IN_A_ROW", 1.0)
     code, out, error = invoke("exit", "bench", room / "model", "--data", room / "rows.jsonl", "--json")
     found = json.loads(out)
     assert code == 0 and found["measured"] is None, error

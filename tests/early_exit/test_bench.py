@@ -60,7 +60,8 @@ def test_an_asked_rule_is_asked_and_lets_shares_leave() -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
-def test_parts_are_timed_before_anything_is_trained(family: str) -> None:
+def test_parts_are_timed_before_anything_is_trained(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("palimpsest.early_exit.bench.IN_A_ROW", 1.0)
     exits = ExitClassifier.of(model(family), ("even", "odd"))
     parts = costs(exits, examples(14).rows, 6)
     assert parts.rows == (1, 4, 6) and parts.layers == exits.layers and parts.leave >= 0
@@ -69,7 +70,8 @@ def test_parts_are_timed_before_anything_is_trained(family: str) -> None:
     assert found.ratio[1] <= found.ratio[0] <= found.ratio[2] and found.predicted_ratio > 0
 
 
-def test_a_single_exit_has_nothing_to_save() -> None:
+def test_a_single_exit_has_nothing_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("palimpsest.early_exit.bench.IN_A_ROW", 1.0)
     network = model()
     exits = ExitClassifier.of(network, ("even", "odd"), [network.network.config.num_hidden_layers])
     parts = costs(exits, examples(4).rows, 2)

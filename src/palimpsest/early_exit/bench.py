@@ -26,9 +26,11 @@ from palimpsest.early_exit.policy import Policy
 from palimpsest.early_exit.rules import Fixed, Learned, Rule
 
 Key = TypeVar("Key", bound=Hashable)
-REPEATS = 15
+REPEATS = 9
 """Pairs of runs, and turns of timing."""
-FEWEST, LONG_ENOUGH = 3, 20.0
+IN_A_ROW = 200.0
+"""Milliseconds of whole passes that are timed together, so that they find the caches as their own kind leaves them."""
+FEWEST, LONG_ENOUGH = 3, 10.0
 """A turn more than so many is not begun after so many seconds."""
 
 
@@ -103,28 +105,28 @@ def costs(exits: ExitClassifier, rows: Sequence[Encoded], batch_size: int, *, ru
     every = list(batches(rows, batch_size=batch_size))
     some = [rows[row] for row in every[len(every) // 2].rows]
     counts = sorted({4**power for power in range(len(some)) if 4**power < len(some)} | {len(some)})
-    halved = Planned(rule, (0.5, 1.0))
-    runs: dict[tuple[str | int, int], Callable[[], object]] = {
-        ("half", len(some)): partial(exits.classify, some, rule=halved, batch_size=len(some))
-    }
+
+    runs: dict[tuple[str | int, int], Callable[[], float]] = {}
     for count in counts:
-        runs["whole", count] = partial(whole.classify, some[:count], rule=Fixed(), batch_size=count)
+        one_pass = _in_a_row(whole, Fixed(), rows=some[:count], times=2)
+        timed = partial(_in_a_row, rows=some[:count], times=round(max(1, IN_A_ROW / one_pass)))
+        runs["whole", count] = partial(timed, whole, Fixed())
         for exit in range(n_exits):
-            planned = Planned(rule, (*[0.0] * exit, 1.0))
-            runs[exit, count] = partial(exits.classify, some[:count], rule=planned, batch_size=count)
-    took = _milliseconds(runs)
-    parts = Costs(
-        exits.layers,
-        tuple(counts),
-        tuple(took["whole", count] for count in counts),
-        tuple(tuple(took[exit, count] for count in counts) for exit in range(n_exits)),
-        0.0,
-    )
-    if n_exits == 1 or len(some) == 1:
+            runs[exit, count] = partial(timed, exits, Planned(rule, (*[0.0] * exit, 1.0)))
+    runs["half leaves", len(some)] = partial(timed, exits, Planned(rule, (0.5, 1.0)))
+    took = _medians(runs)
+
+    def of(what: str | int) -> tuple[float, ...]:
+        return tuple(took[what, count] for count in counts)
+
+    parts = Costs(exits.layers, tuple(counts), of("whole"), tuple(of(exit) for exit in range(n_exits)), 0.0)
+    if n_exits == 1:
         return parts
-    first_and_second = [exits.layers[place >= len(some) // 2] for place in range(len(some))]
-    moved = took["half", len(some)] - predicted(parts, first_and_second, len(some)) * len(some)
-    return replace(parts, leave=max(0.0, moved))
+    n_first = round(0.5 * len(some))
+    left = [exits.layers[0]] * n_first + [exits.layers[1]] * (len(some) - n_first)
+    return replace(
+        parts, leave=max(0.0, took["half leaves", len(some)] - len(some) * predicted(parts, left, len(some)))
+    )
 
 
 def predicted(parts: Costs, left: Sequence[int], batch_size: int) -> float:
@@ -206,17 +208,21 @@ def _untrained(exits: ExitClassifier) -> Rule:
     return Learned(Policy(len(exits.layers), exits.stack.d_model), 1.0)
 
 
-def _milliseconds(runs: Mapping[Key, Callable[[], object]]) -> dict[Key, float]:
-    """The median of each over turns, each run finding the caches as a run of its own kind leaves them."""
+def _in_a_row(exits: ExitClassifier, rule: Rule, *, rows: Sequence[Encoded], times: int) -> float:
+    """Milliseconds of one batch of these rows, among so many."""
+    return _once(lambda: exits.classify([*rows] * times, rule=rule, batch_size=len(rows))) / times
+
+
+def _medians(runs: Mapping[Key, Callable[[], float]]) -> dict[Key, float]:
+    """The median of what each returns over turns, the first being left out."""
     times: dict[Key, list[float]] = {name: [] for name in runs}
     started = time.perf_counter()
-    for turn in range(REPEATS):
-        if turn >= FEWEST and time.perf_counter() - started > LONG_ENOUGH:
+    for turn in range(REPEATS + 1):
+        if turn > FEWEST and time.perf_counter() - started > LONG_ENOUGH:
             break
         for name, run in runs.items():
-            run()
-            times[name].append(_once(run))
-    return {name: median(taken) for name, taken in times.items()}
+            times[name].append(run())
+    return {name: median(taken[1:]) for name, taken in times.items()}
 
 
 def _once(work: Callable[[], object]) -> float:
