@@ -1,9 +1,11 @@
 """Generation that stops at a block: a 12-layer Llama that is trained here, decoded in every way there is, in turn.
 
-python benchmarks/early_exit_generation.py --json --data FOLDER [--model FOLDER] [--size tiny|small] [--runs 5]
+python benchmarks/early_exit_generation.py --json --data FOLDER [--trained exits|last] [--models FOLDER]
+    [--size tiny|small] [--runs 5]
 
 FOLDER holds wikitext2/{test,valid}.txt. The model reads the first, lens and policy learn from the first part of the
-second, and the rest of it is held out. What is fair was settled like this:
+second, and the rest of it is held out. It is trained for its exits as well as its last block, or for its last block
+alone and then read through a tuned lens; data, steps and optimiser are the same. What is fair was settled like this:
 
 - Every side goes on from the same held-out prompts by as many tokens, a row at a time, and takes turns with the others;
   a side's ratio is the median over turns of the time of full depth in our own loop over its own. Full depth by
@@ -15,7 +17,8 @@ second, and the rest of it is held out. What is fair was settled like this:
   was generated; greedy text repeats itself, so it is held against the same of full depth.
 - Generated text is easier than held-out text, so exits come earlier in it. The sides called `forced` decode held-out
   text itself, token by token, and are what goes with `teacher_forced`. `best_at_equal_perplexity` gives both, of the
-  rules whose perplexity is within a hundredth of full depth's; it is chosen on the rows that it is given for.
+  rules whose perplexity is within a hundredth of full depth's, and of full depth's of the model that was trained for
+  its last block alone, so that nothing is won by a worse model; it is chosen on the rows that it is given for.
 - `break_even` is what every exit could gain at most, measured in parts before any policy was trained, and `predicted`
   how well those parts foretell generation at fixed exits.
 - Self-speculation says what full depth says (`agreement` counts the tokens that differ); the peer's is transformers'
@@ -30,7 +33,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -49,6 +52,8 @@ from palimpsest.early_exit.policy_training import PolicySettings
 from palimpsest.early_exit.self_speculation import speculate
 from palimpsest.early_exit.stack import Stack
 from palimpsest.early_exit.token_policy import copied_pass, fit_token_policy
+from palimpsest.early_exit.token_training import train_token_exits
+from palimpsest.early_exit.training import ExitTraining
 from palimpsest.files import content_hash
 from palimpsest.lens.fit import fit
 from palimpsest.lens.lens import Lens
@@ -56,7 +61,6 @@ from palimpsest.metrics.likelihood import target_nll
 from palimpsest.models.language_model import LanguageModel, evaluating, load
 from palimpsest.models.organism import Architecture, cache_folder, new_model
 from palimpsest.models.tokenizers import byte_pair_tokenizer
-from palimpsest.models.training import TrainingSettings, train
 from palimpsest.progress import console
 
 
@@ -66,7 +70,7 @@ class Size:
 
     architecture: Architecture
     vocabulary: int
-    training: TrainingSettings
+    training: ExitTraining
     exits: tuple[int, ...]
     prompts: int
     prompt: int
@@ -81,7 +85,7 @@ SIZES = {
     "tiny": Size(
         Architecture(layers=4, width=32, mlp_width=64, heads=2, context=64),
         400,
-        TrainingSettings(steps=30, batch_size=8, muon_learning_rate=0.02, warmup=5),
+        ExitTraining(steps=30, batch_size=8, learning_rate=3e-3, muon_learning_rate=0.02, weight_decay=0.1),
         exits=(1, 2, 3),
         prompts=2,
         prompt=16,
@@ -91,7 +95,7 @@ SIZES = {
     "small": Size(
         Architecture(layers=12, width=256, mlp_width=688, heads=8, context=256),
         2048,
-        TrainingSettings(steps=250, batch_size=4, learning_rate=3e-3, muon_learning_rate=0.01, warmup=20),
+        ExitTraining(steps=500, batch_size=8, learning_rate=3e-3, muon_learning_rate=0.01, weight_decay=0.1),
         exits=(3, 6, 9),
         prompts=4,
         prompt=64,
@@ -117,7 +121,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="the only output there is; accepted for uniformity")
     parser.add_argument("--data", type=Path, required=True, help="the folder with wikitext2/")
-    parser.add_argument("--model", type=Path, help="where the trained model and its lens are kept")
+    parser.add_argument("--trained", choices=("exits", "last"), default="exits")
+    parser.add_argument("--models", type=Path, help="where the trained models are kept")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -125,12 +130,14 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
     size = SIZES[arguments.size]
-    model, lens = _trained(arguments.data, size, arguments.model)
+    folder = arguments.models or cache_folder() / "benchmarks" / "early-exit-generation"
+    only_last = _trained(arguments.data, size, folder, "last")
+    model, lens = only_last if arguments.trained == "last" else _trained(arguments.data, size, folder, "exits")
     learned, held_out = (
         pack(encode(texts, model.tokenizer, end=True), length=size.architecture.context)
         for texts in _halves(arguments.data)
     )
-    side = _Side(model, lens, Stack.of(model.network), size, held_out)
+    side, plain = (_Side(one, its, Stack.of(one.network), size, held_out) for one, its in ((model, lens), only_last))
     context = size.prompt + size.new // 2
     parts = measure(model, context=min(context, size.architecture.context - 16), lens=lens, stack=side.stack)
     policy = fit_token_policy(
@@ -148,7 +155,7 @@ def main() -> None:
     rules |= {f"confidence {sure:g}": ConfidentExit(everywhere, sure) for sure in SURE}
     rules |= {f"fixed {blocks}": FixedExit(blocks) for blocks in size.exits}
     whole = FixedExit(size.architecture.layers)
-    quality = {name: side.quality(rule, held_out) for name, rule in {"full": whole, **rules}.items()}
+    quality = {name: side.quality(rule) for name, rule in {"full": whole, **rules}.items()}
     sides: dict[str, Callable[[], list[Said]]] = {
         "full": lambda: side.ours(whole),
         "transformers": lambda: side.peers(),
@@ -167,10 +174,11 @@ def main() -> None:
         name: _ratio(seconds["full, forced" if name in forced else "full"], took) for name, took in seconds.items()
     }
     lossless = ("transformers", "assistant_early_exit", *(name for name in sides if name.startswith("self-spec")))
-    kept = [name for name in rules if quality[name]["teacher_forced"] <= ALLOWED * quality["full"]["teacher_forced"]]
+    fulls = {"this model": quality["full"]["teacher_forced"], "trained for its last block": plain.perplexity(whole)}
+    kept = [name for name in rules if quality[name]["teacher_forced"] <= ALLOWED * min(fulls.values())]
     report(
         f"{size.new} tokens on each of {size.prompts} prompts of {size.prompt} by a Llama of {whole.blocks} blocks of "
-        f"width {size.architecture.width}, every block for every token",
+        f"width {size.architecture.width}, trained for its {'exits' if arguments.trained == 'exits' else 'last block'}",
         f"transformers {transformers.__version__} generate",
         seconds["full"],
         seconds["transformers"],
@@ -178,6 +186,7 @@ def main() -> None:
         milliseconds_per_token={name: 1e3 * median(took) for name, took in seconds.items()},
         faster_than_full=ratios,
         quality=quality,
+        perplexity_of_full_depth=fulls,
         blocks_run={name: _mean_blocks(answers) for name, answers in said.items()},
         best_at_equal_perplexity={
             text: max(((ratios[name + suffix]["median"], name) for name in kept), default=None)
@@ -281,9 +290,13 @@ class _Side:
             console.print(f"a turn took {_now() - started:.0f} s", highlight=False)
         return seconds, said
 
-    def quality(self, rule: ExitRule, rows: Sequence[Encoded]) -> dict[str, float]:
+    def perplexity(self, rule: ExitRule) -> float:
+        """Of held-out rows, with exits by the rule."""
+        return math.exp(self._teacher_forced(rule, self.rows[:JUDGED])[0])
+
+    def quality(self, rule: ExitRule) -> dict[str, float]:
         """Perplexity of held-out rows with exits by the rule, of what is generated by it, and the blocks of each."""
-        nll, exits = self._teacher_forced(rule, rows[:JUDGED])
+        nll, exits = self._teacher_forced(rule, self.rows[:JUDGED])
         said = self.ours(rule, prompts=PROMPTS)
         asked = self.prompts[:PROMPTS]
         answered = [
@@ -357,20 +370,23 @@ def _share_below(said: Sequence[Said], last: int) -> float:
     return sum(exit < last for exit in exits) / max(1, len(exits))
 
 
-def _trained(data: Path, size: Size, folder: Path | None) -> tuple[LanguageModel, Lens]:
-    """The model and a tuned lens of it; what is not there is trained."""
+def _trained(data: Path, size: Size, folder: Path, what: Literal["exits", "last"]) -> tuple[LanguageModel, Lens]:
+    """A model, and what its exits are read through; what is not there is trained."""
     read, (learned, _) = _texts(data, "test"), _halves(data)
     about = [asdict(size), records_hash(read), records_hash(learned), torch.__version__]
-    folder = folder or cache_folder() / "benchmarks" / f"early-exit-{content_hash(about)[:12]}"
+    folder = folder / content_hash(about)[:12] / what
     if not (folder / "model").exists():
         tokenizer = byte_pair_tokenizer([text.text for text in read], vocab_size=size.vocabulary)
         tokenizer.model_max_length = size.architecture.context
         model = new_model(size.architecture, tokenizer, 0)
         rows = pack(encode(read, tokenizer, end=True), length=size.architecture.context)
+        exits = size.exits if what == "exits" else (size.architecture.layers,)
+        train_token_exits(model, rows, exits, size.training, report=_told(f"training ({what})"))
         folder.mkdir(parents=True, exist_ok=True)
-        train(model, rows, size.training, checkpoint=folder / "checkpoint", report=_told("training"))
         model.save(folder / "model")
     model = load(folder / "model", device="cpu", check=False)
+    if what == "exits":
+        return model, Lens.logit(model)
     if not (folder / "lens").exists():
         fit(model, learned, steps=40, tokens_per_step=1024, quiet=True).save(folder / "lens")
     return model, Lens.load(folder / "lens")

@@ -36,7 +36,7 @@ def test_a_policy_is_fitted_saved_and_read_and_belongs_to_one_model(tmp_path: Pa
         fitted.generate(prompts, price=20, max_new_tokens=4)
     with pytest.raises(ModelError, match="another model"):
         ExitGenerator.load(tmp_path / "exits", model(seed=1))
-    with pytest.raises(ModelError, match="make it with `palimpsest exit fit --generation`"):
+    with pytest.raises(ModelError, match="make exits with `palimpsest exit fit --generation`"):
         ExitGenerator.load(tmp_path, model())
     (tmp_path / "exits" / "token_policy.json").write_text("[]")
     with pytest.raises(ModelError, match="cannot be read"):

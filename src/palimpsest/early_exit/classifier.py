@@ -5,15 +5,12 @@ examples that neither has seen. Each takes seconds once the network has gone ove
 only trained where `fit_joint` is asked for.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from palimpsest.data.batches import Encoded
@@ -22,19 +19,20 @@ from palimpsest.early_exit.classification import Classified, classify
 from palimpsest.early_exit.encoder import Encoder
 from palimpsest.early_exit.examples import Examples
 from palimpsest.early_exit.exit_table import ExitTable, exit_states, tabulated
+from palimpsest.early_exit.exits_folder import save_exits, saved_exits
 from palimpsest.early_exit.heads import ClassHeads
 from palimpsest.early_exit.policy import Policy, hardness_weights
 from palimpsest.early_exit.policy_training import Observations, PolicySettings, fit_policy
 from palimpsest.early_exit.rules import Learned, Rule
 from palimpsest.early_exit.stack import Stack
 from palimpsest.early_exit.training import ExitTraining, fit_heads_on_states, train_all_exits, train_taken_exits
-from palimpsest.errors import ModelError, SpecError
-from palimpsest.files import atomic_path, refuse_foreign_folder
+from palimpsest.errors import SpecError
 from palimpsest.lens.depth import DepthTable, depth_table
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.progress import Report
 
-WEIGHTS, DESCRIPTION = "exits.safetensors", "exits.json"
+NAME = "exits"
+"""Of its files."""
 
 CONSISTENTEE = PolicySettings(estimator="reinforce", hardness="memorized", prices=(0.72, 0.72))
 """As in Zeng et al. 2024 (arXiv 2312.11882): one price (0.12 a layer of 6 in our measurements), sampled, and time free
@@ -232,24 +230,17 @@ class ExitClassifier:
         Raises:
             StorageError: the folder holds other files, or cannot be written.
         """
-        refuse_foreign_folder(folder, DESCRIPTION)
         tensors = {f"heads.{name}": value for name, value in self.heads.state_dict().items()}
         if self.policy is not None and self.times is not None:
             tensors |= {f"policy.{name}": value for name, value in self.policy.state_dict().items()}
             tensors["times"] = self.times
         about: dict[str, Any] = {
-            "format": 1,
             "layers": self.layers,
             "classes": self.classes,
-            "model": self.model.weights_hash(),
             "settings": asdict(self.settings) if self.settings else None,
             "point": asdict(self.point) if self.point else None,
         }
-        with atomic_path(folder) as temporary:
-            temporary.mkdir()
-            save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, temporary / WEIGHTS)
-            (temporary / DESCRIPTION).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        return Path(folder)
+        return save_exits(folder, NAME, self.model, about, tensors)
 
     @staticmethod
     def load(folder: str | Path, model: LanguageModel | Encoder) -> "ExitClassifier":
@@ -258,26 +249,16 @@ class ExitClassifier:
         Raises:
             ModelError: there is nothing of ours, it is damaged, or the model is another.
         """
-        path = Path(folder) / DESCRIPTION
-        if not path.exists():
-            raise ModelError(f"{folder}: no {DESCRIPTION} there; make exits with `palimpsest exit fit`")
-        try:
-            about = json.loads(path.read_text(encoding="utf-8"))
-            tensors = load_file(Path(folder) / WEIGHTS)
+        with saved_exits(folder, NAME, model, made_by="palimpsest exit fit") as (about, tensors):
             exits = ExitClassifier.of(model, about["classes"], about["layers"])
             exits.heads.load_state_dict(_under("heads.", tensors))
             if about["settings"]:
                 settings = about["settings"] | {"prices": tuple(about["settings"]["prices"])}
                 exits.settings, exits.times = PolicySettings(**settings), tensors["times"]
-                policy = _under("policy.", tensors)
                 exits.policy = Policy(len(exits.layers), exits.stack.d_model)
-                exits.policy.load_state_dict(policy)
+                exits.policy.load_state_dict(_under("policy.", tensors))
                 exits.policy.requires_grad_(False).eval()
             exits.point = OperatingPoint(**about["point"]) if about["point"] else None
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise ModelError(f"{folder}: these exits cannot be read ({error}); fit them again") from error
-        if about["model"] != model.weights_hash():
-            raise ModelError(f"{folder}: these exits were fitted to another model than {model.name}; fit them again")
         return exits
 
     def _fitted(self) -> tuple[Policy, PolicySettings, Tensor]:

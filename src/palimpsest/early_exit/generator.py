@@ -1,29 +1,26 @@
 """A decoder that may stop at some of its blocks: the policy that says when, what it was trained for, and its files."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
 from palimpsest.data.batches import Encoded
 from palimpsest.early_exit.cost import measure
 from palimpsest.early_exit.decoding import Fill
+from palimpsest.early_exit.exits_folder import save_exits, saved_exits
 from palimpsest.early_exit.generation import Generated, PolicyExit, generate
 from palimpsest.early_exit.policy import Policy
 from palimpsest.early_exit.policy_training import PolicySettings
 from palimpsest.early_exit.stack import Stack
 from palimpsest.early_exit.token_policy import fit_token_policy
-from palimpsest.errors import ModelError, SpecError
-from palimpsest.files import atomic_path, refuse_foreign_folder
+from palimpsest.errors import SpecError
 from palimpsest.models.language_model import LanguageModel
 from palimpsest.progress import Report
 
 CONTEXT = 128
 """Tokens that are seen where a token's time is measured, or half of the model's positions if those are fewer."""
-WEIGHTS, DESCRIPTION = "token_policy.safetensors", "token_policy.json"
+NAME = "token_policy"
+"""Of its files."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,19 +87,8 @@ class ExitGenerator:
         Raises:
             StorageError: the folder holds other files, or cannot be written.
         """
-        refuse_foreign_folder(folder, DESCRIPTION)
-        about = {
-            "format": 1,
-            "exits": self.exits,
-            "model": self.model.weights_hash(),
-            "settings": asdict(self.settings),
-        }
-        with atomic_path(folder) as temporary:
-            temporary.mkdir()
-            weights = {name: value.contiguous().cpu() for name, value in self.policy.state_dict().items()}
-            save_file(weights, temporary / WEIGHTS)
-            (temporary / DESCRIPTION).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        return Path(folder)
+        about = {"exits": self.exits, "settings": asdict(self.settings)}
+        return save_exits(folder, NAME, self.model, about, self.policy.state_dict())
 
     @staticmethod
     def load(folder: str | Path, model: LanguageModel) -> "ExitGenerator":
@@ -111,18 +97,9 @@ class ExitGenerator:
         Raises:
             ModelError: there is nothing of ours, it is damaged, or the model is another.
         """
-        path = Path(folder) / DESCRIPTION
-        if not path.exists():
-            raise ModelError(f"{folder}: no {DESCRIPTION} there; make it with `palimpsest exit fit --generation`")
-        try:
-            about = json.loads(path.read_text(encoding="utf-8"))
-            weights = load_file(Path(folder) / WEIGHTS)
+        with saved_exits(folder, NAME, model, made_by="palimpsest exit fit --generation") as (about, weights):
             policy = Policy(len(about["exits"]) + 1, weights["inner"].shape[-1] - 1)
             policy.load_state_dict(weights)
             settings = PolicySettings(**about["settings"] | {"prices": tuple(about["settings"]["prices"])})
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise ModelError(f"{folder}: this policy cannot be read ({error}); fit it again") from error
-        if about["model"] != model.weights_hash():
-            raise ModelError(f"{folder}: this policy was fitted to another model than {model.name}; fit it again")
         policy = policy.to(model.device).requires_grad_(False).eval()
         return ExitGenerator(model, tuple(about["exits"]), policy, settings)
