@@ -1,10 +1,37 @@
 """Learners whose curves are kept on disk, so that an experiment that was broken off goes on from there."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from palimpsest.relearning.protocol import Make
+from palimpsest.files import write_json
+from palimpsest.relearning.judgement import RelearnReport
+from palimpsest.relearning.protocol import Make, RelearnSpec, relearn
 from palimpsest.studies.cells import Cell, kept
+
+
+def kept_relearning(
+    spec: RelearnSpec, folder: Path, name: str, fingerprint: Callable[[int], str], *, ceiling: str
+) -> RelearnReport:
+    """Relearn with every curve kept in the folder, and the report beside them.
+
+    Args:
+        spec: what is relearned, and between which ends.
+        folder: keeps the curves of floor and ceiling, which other designs share, and those of this one.
+        name: of the design.
+        fingerprint: of the artefact that a seed learns from.
+        ceiling: what its ceiling learns from.
+    """
+    budgets = spec.settings.budgets
+    kept_spec = replace(
+        spec,
+        make=kept_curves(spec.make, budgets, folder / name, fingerprint),
+        floor=kept_curves(spec.floor, budgets, folder / "floor", lambda _: "constant"),
+        ceiling=kept_curves(spec.ceiling, budgets, folder / "ceiling", lambda _: ceiling),
+    )
+    report = relearn(kept_spec)
+    write_json(folder / f"{name}.json", report.to_json())
+    return report
 
 
 def kept_curves(make: Make, budgets: Sequence[int], folder: Path, fingerprint: Callable[[int], str]) -> Make:

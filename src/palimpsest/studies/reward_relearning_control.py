@@ -12,15 +12,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from palimpsest.files import write_json
 from palimpsest.relearning.judgement import RelearnReport
-from palimpsest.relearning.protocol import relearn
 from palimpsest.rewards.control import SETTINGS, ControlSettings, LearnedReward, control_spec, learn_reward
 from palimpsest.rewards.control_learner import PROXY
 from palimpsest.rewards.control_rewards import FrozenNetworkReward, NetworkSettings
 from palimpsest.studies.cells import Cell, kept
 from palimpsest.studies.claims import Claim
-from palimpsest.studies.relearning_cells import kept_curves
+from palimpsest.studies.relearning_cells import kept_relearning
 
 FRAGILITY, REPAIR = "arXiv 2301.03652", "after 2301.03652"
 ALONE, PESSIMISTIC = "alone", "pessimistic"
@@ -61,16 +59,7 @@ def measure(settings: ControlSettings, arm: str, seeds: Sequence[int], folder: P
     settings = replace(settings, network=ARMS[arm])
     learned = {seed: _kept_reward(settings, seed, folder / arm) for seed in seeds}
     spec = control_spec(settings, learned, margin=MARGIN)
-    budgets = settings.budgets
-    report = relearn(
-        replace(
-            spec,
-            make=kept_curves(spec.make, budgets, folder / arm, lambda seed: learned[seed].reward.fingerprint()),
-            floor=kept_curves(spec.floor, budgets, folder / "floor", lambda seed: "constant"),
-            ceiling=kept_curves(spec.ceiling, budgets, folder / "ceiling", lambda seed: "true"),
-        )
-    )
-    write_json(folder / f"{arm}.json", report.to_json())
+    report = kept_relearning(spec, folder, arm, lambda seed: learned[seed].reward.fingerprint(), ceiling="true")
     return Measured(report, learned)
 
 

@@ -6,7 +6,7 @@ nothing of reward models of people's preferences.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -14,15 +14,13 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from palimpsest.files import write_json
 from palimpsest.relearning.judgement import RelearnReport
-from palimpsest.relearning.protocol import relearn
 from palimpsest.rewards.language import LanguageSettings, LearnedLanguageReward, language_spec, learn_language_reward
 from palimpsest.rewards.language_reward import FrozenLanguageReward
 from palimpsest.rewards.language_texts import Writer
 from palimpsest.studies.cells import Cell, kept
 from palimpsest.studies.claims import Claim
-from palimpsest.studies.relearning_cells import kept_curves
+from palimpsest.studies.relearning_cells import kept_relearning
 
 MARGIN = 0.2
 """The share of the way from floor to ceiling that a good reward may miss."""
@@ -62,16 +60,8 @@ def language_claims(seeds: Sequence[int], folder: Path, settings: LanguageSettin
 def measure(settings: LanguageSettings, writer: Writer, seeds: Sequence[int], folder: Path) -> Measured:
     """One writer's reward models and curves, kept in the folder."""
     learned = {seed: _kept_reward(settings, writer, seed, folder / writer) for seed in seeds}
-    spec, budgets = language_spec(settings, learned, margin=MARGIN), settings.budgets
-    report = relearn(
-        replace(
-            spec,
-            make=kept_curves(spec.make, budgets, folder / writer, lambda seed: learned[seed].reward.fingerprint()),
-            floor=kept_curves(spec.floor, budgets, folder / "floor", lambda seed: "constant"),
-            ceiling=kept_curves(spec.ceiling, budgets, folder / "ceiling", lambda seed: "gold"),
-        )
-    )
-    write_json(folder / f"{writer}.json", report.to_json())
+    spec = language_spec(settings, learned, margin=MARGIN)
+    report = kept_relearning(spec, folder, writer, lambda seed: learned[seed].reward.fingerprint(), ceiling="gold")
     return Measured(report, learned)
 
 
