@@ -73,6 +73,17 @@ def test_rows_are_told_the_same_alone_together_and_moved_together(family: str, r
         torch.testing.assert_close(found.logits, alone.logits, atol=1e-4, rtol=1e-4)
 
 
+def test_a_head_is_asked_of_the_rows_that_leave_unless_the_rule_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    exits, rows, asked = fitted(), examples(20, seed=3).rows, []
+    at = exits.heads.at
+    monkeypatch.setattr(exits.heads, "at", lambda exit, states: asked.append(len(states)) or at(exit, states))
+    found = exits.classify(rows, rule=Learned(exits.policy, 0.3))  # type: ignore[arg-type]
+    assert sum(asked) == len(rows) and len(found.layers.unique()) > 1
+    asked.clear()
+    exits.classify(rows, rule=Confident("entropy", 0.0), compact=False)
+    assert sum(asked) == len(rows) * len(exits.layers)
+
+
 def test_the_batch_and_the_table_leave_at_the_same_exits() -> None:
     exits, data = fitted(), examples(30, seed=4)
     seen = exits.table(data)

@@ -111,7 +111,7 @@ def calibrated(
         kept = point
     if kept is None:
         raise DataError(
-            f"even the cheapest price, {points[0].price:g}, may cost {points[0].drop_high:.3f} of accuracy (allowed "
+            f"even the cheapest price, {points[0].price:g}, may cost {points[0].drop_high:.4f} of accuracy (allowed "
             f"{max_drop:g}); give more held-out examples, allow more, or train the policy for cheaper prices"
         )
     return kept
