@@ -20,8 +20,9 @@ alone and then read through a tuned lens; data, steps and optimiser are the same
   rules whose perplexity is within a hundredth of full depth's, and of full depth's of the model that was trained for
   its last block alone, so that nothing is won by a worse model. It is chosen on other held-out rows (`chosen_on`) than
   those that `quality` is measured on.
-- `break_even` is what every exit could gain at most, measured in parts before any policy was trained, and `predicted`
-  how well those parts foretell generation at fixed exits.
+- `break_even` is what every exit could gain at most, measured in parts before any policy was trained. `predicted` is
+  how well those parts foretell generation at fixed exits that were not timed, `predicted_policies` at those that
+  policies take.
 - Self-speculation says what full depth says (`agreement` counts the tokens that differ); the peer's is transformers'
   `assistant_early_exit`, at the same exit.
 """
@@ -33,7 +34,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any, Literal
 
 import torch
@@ -46,7 +47,7 @@ from palimpsest.data.batches import Encoded, batches, collate, encode
 from palimpsest.data.packing import pack
 from palimpsest.data.readers import read_records
 from palimpsest.data.records import Passage, records_hash
-from palimpsest.early_exit.cost import break_even, measure, predicted_and_measured
+from palimpsest.early_exit.cost import Parts, break_even, measure, predicted_and_measured
 from palimpsest.early_exit.decoding import Decoding, Fill
 from palimpsest.early_exit.generation import ConfidentExit, ExitRule, FixedExit, Heads, PolicyExit, generate, step
 from palimpsest.early_exit.policy_training import PolicySettings
@@ -179,6 +180,7 @@ def main() -> None:
     chosen_on = {name: side.perplexity(rule, choosing) for name, rule in {"full": whole, **rules}.items()}
     most = ALLOWED * min(chosen_on["full"], plain.perplexity(whole, choosing))
     kept = [name for name in rules if chosen_on[name] <= most]
+    between = [blocks for blocks in everywhere if blocks not in parts.depths] or list(size.exits)
     report(
         f"{size.new} tokens on each of {size.prompts} prompts of {size.prompt} by a Llama of {whole.blocks} blocks of "
         f"width {size.architecture.width}, trained for its {'exits' if arguments.trained == 'exits' else 'last block'}",
@@ -203,8 +205,13 @@ def main() -> None:
         parts=asdict(parts),
         predicted=[
             asdict(one) | {"error": one.error}
-            for one in predicted_and_measured(model, parts, size.exits, lens=lens, stack=side.stack)
+            for one in predicted_and_measured(model, parts, between, lens=lens, stack=side.stack)
         ],
+        predicted_policies={
+            name: _predicted(parts, size.exits, said[name], 1e3 * median(seconds[name]))
+            for name in (*sides, *forced)
+            if name.startswith("policy")
+        },
     )
 
 
@@ -362,6 +369,12 @@ def _differing(ours: Sequence[Said], others: Sequence[Said]) -> float:
     pairs = list(zip(ours, others, strict=True))
     same = sum(one == other for (own, _), (said, _) in pairs for one, other in zip(own, said, strict=False))
     return 1 - same / sum(max(len(own), len(said)) for (own, _), (said, _) in pairs)
+
+
+def _predicted(parts: Parts, exits: Sequence[int], said: Sequence[Said], measured: float) -> dict[str, float]:
+    """Milliseconds a token at the exits that a policy took."""
+    predicted = mean(parts.policy(exit, exits) for _, exits_of in said for exit in exits_of[1:])
+    return {"predicted": predicted, "measured": measured, "error": predicted / measured - 1}
 
 
 def _mean_blocks(said: Sequence[Said]) -> float:

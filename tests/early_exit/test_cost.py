@@ -21,8 +21,8 @@ PARTS = Parts(
     context=8,
     threads=1,
     clock="processor",
-    token=2.0,
-    block=1.0,
+    depths=(1, 4),
+    tokens=(3.0, 6.0),
     fill=0.25,
     lazy_fill=0.05,
     gate=0.1,
@@ -66,10 +66,11 @@ def close(values: Sequence[float]) -> object:
 def test_parts_are_told_apart(clock: None) -> None:
     parts = measure(decoder("llama"), context=8, drafts=DRAFTS, repeats=1)
     assert (parts.n_layers, parts.context, parts.drafts, parts.threads) == (LAYERS, 8, DRAFTS, 1)
-    found = [parts.token, parts.block, parts.fill, parts.lazy_fill, parts.gate, parts.head, parts.check]
+    assert parts.depths == (1, 2, 3, 4) and parts.tokens == close([4000, 5000, 6000, 7000])
+    found = [parts.fill, parts.lazy_fill, parts.gate, parts.head, parts.check]
     waiting = TOKENS - 1
-    assert found == close([3000, 1000, 250, 1e3 * (0.2 + 0.05 * waiting) / waiting, 700, 3000, 3000])
-    # A round reads its drafts, and all of its tokens at once in the end, where `token` reckons with a head for each.
+    assert found == close([250, 1e3 * (0.2 + 0.05 * waiting) / waiting, 700, 3000, 3000])
+    # A round reads its drafts, and all of its tokens at once in the end, where each is reckoned with a head of its own.
     assert parts.round == pytest.approx(1e3 * (DRAFTS * 3 + 3.4 - (DRAFTS + 1) * 3))
 
 
@@ -132,5 +133,5 @@ def test_predictions_are_right_within_15_percent() -> None:
     network = LlamaForCausalLM(config).eval()
     model = LanguageModel(network, decoder("llama").tokenizer, Anatomy.of(network))
     parts = measure(model)
-    for one in predicted_and_measured(model, parts, (2, 4, 6, 8)):
+    for one in predicted_and_measured(model, parts, (2, 3, 5, 7)):
         assert abs(one.error) < 0.15, one

@@ -1,8 +1,9 @@
 """What a decoded token takes: a few parts are measured once, and say what any exit would take before one is trained.
 
 Layers do not count, milliseconds do: a head may cost as much as several blocks, and what a token skips still needs its
-keys and values. Every part is a difference between two runs of the very loop that generates, so what Python adds is in
-it, and every block finds the processor's caches as generation leaves them.
+keys and values. Every part is a run of the very loop that generates or a difference between two, so what Python adds is
+in it. A few blocks that run over and over stay in the processor's caches and are faster than their share of all: so a
+token is timed until several depths, each run after one of its own kind.
 
 A part is a median over runs that take turns. The clock is this thread's processor time where torch computes on one
 thread of the CPU, which other load on the machine moves little; else it is the one on the wall.
@@ -18,6 +19,7 @@ from functools import partial
 from statistics import median
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,10 +58,10 @@ class Parts:
     """Tokens that were seen already, about."""
     threads: int
     clock: Literal["processor", "wall"]
-    token: float
-    """Once a token: its embedding, the head, the bookkeeping."""
-    block: float
-    """One block for one token."""
+    depths: tuple[int, ...]
+    """After how many blocks a token was timed, from the first to the last."""
+    tokens: tuple[float, ...]
+    """One token of many that all exit there, from its embedding to its head, nothing being filled."""
     fill: float
     """One block's keys and values of one token (`eager`)."""
     lazy_fill: float
@@ -82,7 +84,7 @@ class Parts:
     def fixed(self, blocks: int, fill: Fill = "lazy") -> float:
         """A token of many that all exit after so many blocks: lazily nothing is ever filled."""
         skipped = self.n_layers - blocks if fill == "eager" else 0
-        return self.token + blocks * self.block + skipped * self.fill
+        return float(np.interp(blocks, self.depths, self.tokens)) + skipped * self.fill
 
     def policy(self, blocks: int, exits: Sequence[int]) -> float:
         """A token that passes a gate at each of the exits up to its own, among others that go deeper."""
@@ -183,14 +185,13 @@ def measure(
     if last < 3:
         raise SpecError(f"the parts of {last} blocks cannot be told apart; it takes three")
     inside, half = tuple(range(1, last)), last // 2
+    depths = sorted({1, max(1, last // 4), half, 3 * last // 4, last - 1, last})
     never = Policy(last, loop.stack.d_model).to(model.device).requires_grad_(False)
     never.outer_bias.fill_(-100.0)
     seconds = _medians(
         model,
         {
-            "full": lambda: loop.steps(FixedExit(last)),
-            "first": lambda: loop.steps(FixedExit(1)),
-            "half": lambda: loop.steps(FixedExit(half)),
+            **{str(depth): partial(loop.steps, FixedExit(depth)) for depth in depths},
             "half, filled": lambda: loop.steps(FixedExit(half), "eager"),
             "lazy": lambda: loop.steps(_AllButTheLast()),
             "gates": lambda: loop.steps(PolicyExit(inside, never, 1.0)),
@@ -201,19 +202,17 @@ def measure(
         repeats,
         report,
     )
-    full, first, at_half, filled = (seconds[name] / TOKENS for name in ("full", "first", "half", "half, filled"))
-    block = (full - first) / (last - 1)
-    waited = seconds["lazy"] - (TOKENS - 1) * first - full
+    until = {depth: seconds[str(depth)] / TOKENS for depth in depths}
+    full = until[last]
+    waited = seconds["lazy"] - (TOKENS - 1) * until[1] - full
     checks = [
-        seconds[name] / ROUNDS - (drafts + 1) * (first + (blocks - 1) * block)
+        seconds[name] / ROUNDS - (drafts + 1) * until[blocks]
         for name, blocks in (("first drafts", 1), ("all but one draft", last - 1))
     ]
     check = (checks[0] - checks[1]) / (last - 2)
     milliseconds = {
-        "token": first - block,
-        "block": block,
         # After a single block the caches still hold what the fills read, which is no case that anyone runs.
-        "fill": (filled - at_half) / (last - half),
+        "fill": (seconds["half, filled"] / TOKENS - until[half]) / (last - half),
         "lazy_fill": waited / ((TOKENS - 1) * (last - 1)),
         "gate": (seconds["gates"] / TOKENS - full) / (last - 1),
         "head": (seconds["heads"] / TOKENS - full) / (last - 1),
@@ -225,6 +224,8 @@ def measure(
         context=context,
         threads=torch.get_num_threads(),
         clock="processor" if _alone(model) else "wall",
+        depths=tuple(depths),
+        tokens=tuple(1e3 * until[depth] for depth in depths),
         drafts=drafts,
         **{name: 1e3 * value for name, value in milliseconds.items()},
     )
@@ -347,14 +348,13 @@ def _alone(model: LanguageModel) -> bool:
 def _medians(
     model: LanguageModel, runs: Mapping[str, Callable[[], float]], repeats: int, report: Report | None
 ) -> dict[str, float]:
-    """Seconds of each run, the runs taking turns; the first turn, in which buffers are made, does not count."""
+    """Seconds of each run, the runs taking turns, each after one of its own kind that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     with evaluating(model):
-        for turn in range(repeats + 1):
+        for turn in range(repeats):
             for name, run in runs.items():
-                took = run()
-                if turn:
-                    seconds[name].append(took)
+                run()
+                seconds[name].append(run())
             if report:
-                report(turn + 1, repeats + 1, "")
+                report(turn + 1, repeats, "")
     return {name: median(took) for name, took in seconds.items()}
