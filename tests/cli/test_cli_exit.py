@@ -54,6 +54,21 @@ def test_the_break_even_is_told_before_anything_is_trained(
     assert "if all rows leave after  1 of 2 blocks:" in out and "of the rows are told the same" in out
 
 
+def test_all_rules_are_drawn_on_one_page(room: Path, exits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("palimpsest.early_exit.bench.IN_A_ROW", 1.0)
+    page = room / "exits.html"
+    code, out, error = invoke(
+        "exit", "compare", exits, room / "model", "--data", room / "rows.jsonl", "--out", page, "--json"
+    )
+    assert code == 0, error
+    found = json.loads(out)
+    assert found["chosen"]["accuracy"] == 1.0 and {line["name"] for line in found["lines"]} >= {
+        "learned policy",
+        "fixed",
+    }
+    assert "Accuracy against time" in page.read_text() and "the whole network" in page.read_text()
+
+
 def test_drafts_change_nothing_and_a_policy_may(room: Path, trained: Organism) -> None:
     question = f"Question: {trained.request.forget[0].question}\nAnswer:"
     ask = ("exit", "generate", room / "model", "--prompt", question, "--max-new-tokens", 8)

@@ -299,7 +299,7 @@ def test_the_verbs() -> None:
         ),
         *("lens", "lens fit", "lens eval", "lens show", "lens detect"),
         *("concepts", "concepts find", "concepts evaluate", "concepts ablate"),
-        *("exit", "exit fit", "exit classify", "exit bench", "exit generate"),
+        *("exit", "exit fit", "exit classify", "exit bench", "exit compare", "exit generate"),
         *("rewards", "rewards run", "rewards relearn"),
         *("update", "update show", "update reapply", "update adapter"),
         *("studies", "studies run"),

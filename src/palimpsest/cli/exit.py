@@ -176,6 +176,39 @@ def bench(
         )
 
 
+@app.command("compare")
+def compare(
+    exits: ExitsArgument,
+    model: Model,
+    data: Rows,
+    out: Annotated[Path, typer.Option(help="The page that is drawn.")] = Path("exits.html"),
+    batch_size: BatchSize = 16,
+    max_length: MaxLength = 512,
+    encoder: IsEncoder = False,
+    as_json: Json = False,
+) -> None:
+    """Draw accuracy against time: the policy beside confidence, patience, fixed exits and the oracle."""
+    with console.status("loading torch and transformers"):
+        from palimpsest.early_exit.classifier import ExitClassifier
+        from palimpsest.early_exit.examples import encode_examples, read_examples
+        from palimpsest.early_exit.frontier import frontier
+        from palimpsest.files import write_text
+        from palimpsest.report.exits_page import render_exits_page
+    loaded = _load(model, encoder)
+    fitted = ExitClassifier.load(exits, loaded)
+    texts, labels = read_examples(data)
+    examples = encode_examples(texts, labels, loaded.tokenizer, classes=fitted.classes, max_length=max_length)
+    with console.status("timing the parts, and asking every exit"):
+        found = frontier(fitted, examples, batch_size=batch_size)
+    write_text(out, render_exits_page(f"Exits of {loaded.name}", found))
+    if as_json:
+        print_json({"out": str(out)} | asdict(found))
+        return
+    best, whole = found.chosen or found.lines[0].fastest(found.whole.accuracy - 0.01), found.whole
+    told = f"{whole.milliseconds / best.milliseconds:.2f} x at accuracy {best.accuracy:.3f}, " if best else ""
+    Console(highlight=False).print(f"{out}: {told}all blocks {whole.milliseconds:.2f} ms a row, {whole.accuracy:.3f}")
+
+
 def _fit_generation(
     model: "LanguageModel | Encoder", data: Path, out: Path, layer: list[int] | None, max_length: int, seed: int
 ) -> None:
