@@ -86,23 +86,16 @@ def _headline(frontier: Frontier) -> str:
 
 def _table(frontier: Frontier) -> Table:
     whole = frontier.whole
-    rows = [
-        ["the whole network", "", f"{whole.milliseconds:.2f}", "1.00", f"{whole.blocks:.2f}", f"{whole.accuracy:.3f}"]
-    ]
-    for line in frontier.lines:
-        best = line.fastest(whole.accuracy - DROP)
-        rows.append(
-            [line.name, "none is so accurate", "", "", "", ""]
-            if best is None
-            else [
-                line.name,
-                best.setting,
-                f"{best.milliseconds:.2f}",
-                f"{whole.milliseconds / best.milliseconds:.2f}",
-                f"{best.blocks:.2f}",
-                f"{best.accuracy:.3f}",
-            ]
-        )
+
+    def cells(point: RulePoint | None) -> list[str]:
+        if point is None:
+            return ["none is so accurate", "", "", "", ""]
+        ratio = whole.milliseconds / point.milliseconds
+        numbers = f"{point.milliseconds:.2f}", f"{ratio:.2f}", f"{point.blocks:.2f}", f"{point.accuracy:.3f}"
+        return [point.setting, *numbers]
+
+    rows = [["the whole network", *cells(whole)]]
+    rows += [[line.name, *cells(line.fastest(whole.accuracy - DROP))] for line in frontier.lines]
     return Table(
         "The fastest setting of each within one point",
         "Chosen on the very rows that it is told on, so a little flattering, and more so for rules with many settings.",
