@@ -1,5 +1,7 @@
 """Time on paper: a batch is gone through as classification goes through it, from parts that are timed beforehand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.early_exit.test_classifier import examples, model
@@ -12,6 +14,7 @@ from palimpsest.early_exit.rules import Confident, Fixed
 PARTS = Costs(
     layers=(1, 2, 3),
     rows=(1, 4),
+    timed=(1, 2, 3),
     whole=(7.0, 13.0),
     until=((3.1, 5.2), (5.2, 9.4), (7.2, 13.4)),
     leave=0.5,
@@ -28,7 +31,7 @@ def test_rows_that_leave_make_the_blocks_after_them_cheaper() -> None:
 
 
 def test_rows_are_not_moved_before_a_quarter_of_them_has_left() -> None:
-    parts = Costs((1, 2), (1, 8), (2.0, 16.0), ((1.0, 8.0), (2.0, 16.0)), 0.0)
+    parts = Costs((1, 2), (1, 8), (1, 2), (2.0, 16.0), ((1.0, 8.0), (2.0, 16.0)), 0.0)
     assert predicted(parts, [1] + [2] * 7, 8) * 8 == pytest.approx(8 + 8)
     assert predicted(parts, [1, 1] + [2] * 6, 8) * 8 == pytest.approx(8 + 6)
 
@@ -41,6 +44,12 @@ def test_each_batch_is_gone_through_by_itself() -> None:
 
 def test_break_even_counts_what_is_asked_on_the_way() -> None:
     assert break_even(PARTS) == pytest.approx({1: 13 / 5.2, 2: 13 / 9.4, 3: 13 / 13.4})
+
+
+def test_exits_that_were_not_timed_lie_between_those_that_were() -> None:
+    some = replace(PARTS, timed=(1, 3), until=(PARTS.until[0], PARTS.until[2]))
+    assert some.to(1, 4) == pytest.approx((5.2 + 13.4) / 2) and some.to(1, 2) == pytest.approx((3.8 + 9.2666667) / 2)
+    assert (some.to(0, 4), some.to(2, 1)) == (5.2, 7.2)
 
 
 def test_an_asked_rule_is_asked_and_lets_shares_leave() -> None:
@@ -64,8 +73,8 @@ def test_parts_are_timed_before_anything_is_trained(family: str, monkeypatch: py
     monkeypatch.setattr("palimpsest.early_exit.bench.IN_A_ROW", 1.0)
     exits = ExitClassifier.of(model(family), ("even", "odd"))
     parts = costs(exits, examples(14).rows, 6)
-    assert parts.rows == (1, 4, 6) and parts.layers == exits.layers and parts.leave >= 0
-    assert {len(until) for until in parts.until} == {len(parts.whole)} == {3} and min(parts.whole) > 0
+    assert parts.rows == (1, 2, 3, 6) and parts.layers == parts.timed == exits.layers and parts.leave >= 0
+    assert {len(until) for until in parts.until} == {len(parts.whole)} == {4} and min(parts.whole) > 0
     found = bench(exits, examples(14).rows, rule=Confident("entropy", -0.5), batch_size=6, repeats=3)
     assert found.ratio[1] <= found.ratio[0] <= found.ratio[2] and found.predicted_ratio > 0
 

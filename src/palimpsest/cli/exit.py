@@ -192,15 +192,16 @@ def compare(
         from palimpsest.early_exit.classifier import ExitClassifier
         from palimpsest.early_exit.examples import encode_examples, read_examples
         from palimpsest.early_exit.frontier import frontier
-        from palimpsest.files import write_text
+        from palimpsest.files import atomic_path
         from palimpsest.report.exits_page import render_exits_page
     loaded = _load(model, encoder)
     fitted = ExitClassifier.load(exits, loaded)
     texts, labels = read_examples(data)
     examples = encode_examples(texts, labels, loaded.tokenizer, classes=fitted.classes, max_length=max_length)
-    with console.status("timing the parts, and asking every exit"):
+    # The page's place is taken first, so that minutes of timing are not lost to a folder that cannot be written.
+    with atomic_path(out) as page, console.status("timing the parts, and asking every exit"):
         found = frontier(fitted, examples, batch_size=batch_size)
-    write_text(out, render_exits_page(f"Exits of {loaded.name}", found))
+        page.write_text(render_exits_page(f"Exits of {loaded.name}", found), encoding="utf-8")
     if as_json:
         print_json({"out": str(out)} | asdict(found))
         return

@@ -5,18 +5,19 @@ block takes hardly less for four rows than for eight, and one block that is run 
 processor's cache. So it is timed how long a batch of some sizes takes until every exit, a rule that has learned nothing
 being asked on the way; then any batch is gone through on paper as `classification` goes through it.
 
-Shapes: R numbers of rows, E exits of which the last is the whole network.
+Shapes: R numbers of rows, E exits of which the last is the whole network, T of them timed.
 """
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from statistics import median
 from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from palimpsest.data.batches import Encoded, batches
@@ -28,9 +29,11 @@ from palimpsest.early_exit.rules import Fixed, Learned, Rule
 Key = TypeVar("Key", bound=Hashable)
 REPEATS = 9
 """Pairs of runs, and turns of timing."""
+MOST_EXITS = 6
+"""So many are timed at most, and the others lie between them."""
 IN_A_ROW = 200.0
 """Milliseconds of whole passes that are timed together, so that they find the caches as their own kind leaves them."""
-FEWEST, LONG_ENOUGH = 3, 10.0
+FEWEST, LONG_ENOUGH = 2, 5.0
 """A turn more than so many is not begun after so many seconds."""
 
 
@@ -41,17 +44,26 @@ class Costs:
     layers: tuple[int, ...]
     """[E] after how many blocks the exits stand."""
     rows: tuple[int, ...]
-    """[R] how many rows were timed, the last being a whole batch."""
+    """[R] how many rows were timed, from one to a whole batch."""
+    timed: tuple[int, ...]
+    """[T] until which of the exits, by their blocks, from the first to the last."""
     whole: tuple[float, ...]
     """[R] through all blocks, nothing being asked on the way."""
     until: tuple[tuple[float, ...], ...]
-    """[E][R] if all leave at an exit."""
+    """[T][R] if all leave at an exit."""
     leave: float
     """Half of a whole batch leaves, and the others are moved together."""
 
     def to(self, exit: int, rows: int) -> float:
-        """Until an exit, counted from 0, for so many rows, between what was timed."""
-        return float(np.interp(rows, self.rows, self.until[exit]))
+        """Until an exit, counted from 0, for so many rows; between what was timed on a straight line."""
+        return float(self._table[exit, rows])
+
+    @cached_property
+    def _table(self) -> NDArray[np.float64]:
+        """[E, rows + 1]."""
+        counts = np.arange(self.rows[-1] + 1)
+        at_timed = np.stack([np.interp(counts, self.rows, until) for until in self.until])
+        return np.stack([np.interp(self.layers, self.timed, column) for column in at_timed.T], 1)
 
 
 @dataclass(frozen=True)
@@ -103,23 +115,30 @@ def costs(exits: ExitClassifier, rows: Sequence[Encoded], batch_size: int, *, ru
     """
     rule, whole, n_exits = rule or _untrained(exits), exits.only_last(), len(exits.layers)
     every = list(batches(rows, batch_size=batch_size))
-    some = [rows[row] for row in every[len(every) // 2].rows]
-    counts = sorted({4**power for power in range(len(some)) if 4**power < len(some)} | {len(some)})
-
+    some = [rows[row] for row in every[(len(every) - 1) // 2].rows]  # never the last of several, which may be short
+    counts = sorted({round(len(some) ** (step / 3)) for step in range(4)})
+    timed = sorted({round(place) for place in np.linspace(0, n_exits - 1, min(n_exits, MOST_EXITS)).tolist()})
     runs: dict[tuple[str | int, int], Callable[[], float]] = {}
     for count in counts:
         one_pass = _in_a_row(whole, Fixed(), rows=some[:count], times=2)
-        timed = partial(_in_a_row, rows=some[:count], times=round(max(1, IN_A_ROW / one_pass)))
-        runs["whole", count] = partial(timed, whole, Fixed())
-        for exit in range(n_exits):
-            runs[exit, count] = partial(timed, exits, Planned(rule, (*[0.0] * exit, 1.0)))
-    runs["half leaves", len(some)] = partial(timed, exits, Planned(rule, (0.5, 1.0)))
+        in_a_row = partial(_in_a_row, rows=some[:count], times=round(max(1, IN_A_ROW / one_pass)))
+        runs["whole", count] = partial(in_a_row, whole, Fixed())
+        for exit in timed:
+            runs[exit, count] = partial(in_a_row, exits, Planned(rule, (*[0.0] * exit, 1.0)))
+    runs["half leaves", len(some)] = partial(in_a_row, exits, Planned(rule, (0.5, 1.0)))
     took = _medians(runs)
 
     def of(what: str | int) -> tuple[float, ...]:
         return tuple(took[what, count] for count in counts)
 
-    parts = Costs(exits.layers, tuple(counts), of("whole"), tuple(of(exit) for exit in range(n_exits)), 0.0)
+    parts = Costs(
+        exits.layers,
+        tuple(counts),
+        tuple(exits.layers[exit] for exit in timed),
+        of("whole"),
+        tuple(of(exit) for exit in timed),
+        0.0,
+    )
     if n_exits == 1:
         return parts
     n_first = round(0.5 * len(some))
@@ -154,7 +173,8 @@ def predicted(parts: Costs, left: Sequence[int], batch_size: int) -> float:
 
 def break_even(parts: Costs) -> dict[int, float]:
     """How many times faster than the whole network it would be if every row left after so many blocks."""
-    return {layer: parts.whole[-1] / until[-1] for layer, until in zip(parts.layers, parts.until, strict=True)}
+    n_rows = parts.rows[-1]
+    return {layer: parts.whole[-1] / parts.to(exit, n_rows) for exit, layer in enumerate(parts.layers)}
 
 
 def bench(
