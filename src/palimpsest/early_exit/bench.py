@@ -2,7 +2,7 @@
 
 Blocks saved are not milliseconds saved: entering the network, asking the rule and moving rows together cost time, a
 block takes hardly less for four rows than for eight, and one block that is run over and over finds its weights in the
-processor's cache. So it is timed how long a batch of some sizes takes until every exit, a rule that has learned nothing
+processor's cache. So it is timed how long a batch of some sizes takes until some exits, a rule that has learned nothing
 being asked on the way; then any batch is gone through on paper as `classification` goes through it.
 
 Shapes: R numbers of rows, E exits of which the last is the whole network, T of them timed.
