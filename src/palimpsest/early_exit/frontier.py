@@ -29,7 +29,6 @@ from palimpsest.early_exit.rules import (
     thresholds,
 )
 from palimpsest.errors import SpecError
-from palimpsest.progress import Report
 
 SETTINGS = 25
 """Prices, and thresholds of each measure of confidence."""
@@ -82,23 +81,20 @@ class Frontier:
     """The policy at the price that it was calibrated to."""
 
 
-def frontier(
-    exits: ExitClassifier, examples: Examples, *, batch_size: int = 16, report: Report | None = None
-) -> Frontier:
+def frontier(exits: ExitClassifier, examples: Examples, *, batch_size: int = 16) -> Frontier:
     """Time the parts, see every exit's answers in one pass, and go through all rules on paper.
 
     Args:
         exits: with a policy.
         examples: labelled, and others than heads, policy and price were found on.
         batch_size: rows at a time.
-        report: told (examples done, of how many, nothing).
 
     Raises:
         SpecError: there is no policy.
     """
     if exits.policy is None or exits.settings is None:
         raise SpecError("early exit: there is no policy yet; call fit_policy first")
-    table = exits.table(examples, report=report)
+    table = exits.table(examples)
     order = [row for batch in batches(examples.rows, batch_size=batch_size) for row in batch.rows]
     by_state, by_logits, unasked = (
         costs(exits, examples.rows, batch_size, rule=rule) for rule in (None, Confident("entropy", 0.0), Fixed())
