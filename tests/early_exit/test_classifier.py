@@ -266,3 +266,9 @@ def test_logits_that_are_not_numbers_are_an_error_that_names_the_row() -> None:
     rows = [Encoded(ids, 2, 2) for ids in ((4, 5), (6, 47), (7, 8))]
     with pytest.raises(ModelError, match="row 2: its logits are not finite"):
         classify(exits.stack, exits.layers, exits.heads, Fixed(), rows)
+
+
+def test_a_policy_needs_something_to_decide() -> None:
+    exits = ExitClassifier.of(model(), ("even", "odd")).only_last()
+    with pytest.raises(SpecError, match="the only exit is after all . blocks, so there is nothing to decide"):
+        exits.fit_policy(examples(), FEW)

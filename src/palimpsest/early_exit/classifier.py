@@ -133,7 +133,16 @@ class ExitClassifier:
             settings: how; `CONSISTENTEE` is the paper's way.
             times: [E] milliseconds until each exit (see `bench`), to let time cost what it does; layers when not given.
             report: told (done, of how many, a note).
+
+        Raises:
+            SpecError: the last block has the only exit, or times are not as many as the exits.
+            TrainingError: a state or a loss that is not finite.
         """
+        if len(self.layers) == 1:
+            raise SpecError(
+                f"early exit: the only exit is after all {self.layers[0]} blocks, so there is nothing to decide; name "
+                "an earlier one too"
+            )
         settings = settings or PolicySettings()
         table = self.table(examples)
         spent = torch.tensor([float(value) for value in times or self.layers])
