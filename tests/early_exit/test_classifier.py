@@ -270,5 +270,7 @@ def test_logits_that_are_not_numbers_are_an_error_that_names_the_row() -> None:
 
 def test_a_policy_needs_something_to_decide() -> None:
     exits = ExitClassifier.of(model(), ("even", "odd")).only_last()
-    with pytest.raises(SpecError, match="the only exit is after all . blocks, so there is nothing to decide"):
+    with pytest.raises(
+        SpecError, match=f"the only exit is after all {exits.stack.n_layers} blocks, so there is nothing"
+    ):
         exits.fit_policy(examples(), FEW)

@@ -153,13 +153,10 @@ def bench(
     texts, labels = read_examples(data)
     examples = encode_examples(texts, labels, loaded.tokenizer, max_length=max_length)
     fitted = ExitClassifier.load(exits, loaded) if exits else ExitClassifier.of(loaded, examples.classes)
-    with console.status("timing the parts"):
-        parts = timing.costs(fitted, examples.rows, batch_size)
+    with console.status("timing the parts, and classifying in full and early" if exits else "timing the parts"):
+        measured = timing.bench(fitted, examples.rows, batch_size=batch_size) if exits else None
+        parts = measured.parts if measured else timing.costs(fitted, examples.rows, batch_size)
     table = timing.break_even(parts)
-    measured = None
-    if exits:
-        with console.status("classifying in full and early, in turn"):
-            measured = timing.bench(fitted, examples.rows, batch_size=batch_size)
     if as_json:
         print_json({"costs": asdict(parts), "break_even": table, "measured": measured and asdict(measured)})
         return

@@ -82,6 +82,7 @@ class Bench:
     layers: float
     agreement: float
     """The share of examples that are told what the whole network tells."""
+    parts: Costs
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,8 +198,8 @@ def bench(
     Raises:
         SpecError: no rule is given, and none is calibrated.
     """
+    parts = costs(exits, rows, batch_size, rule=rule)
     rule, whole = rule or exits.rule, exits.only_last()
-    parts = costs(exits, rows, batch_size)
     early = exits.classify(rows, rule=rule, batch_size=batch_size)
     full = whole.classify(rows, rule=Fixed(), batch_size=batch_size)
     pairs = []
@@ -221,6 +222,7 @@ def bench(
         parts.whole[-1] / parts.rows[-1] / foretold,
         float(early.layers.float().mean()),
         float((early.labels == full.labels).float().mean()),
+        parts,
     )
 
 
