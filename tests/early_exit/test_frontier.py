@@ -1,11 +1,12 @@
-"""All rules on paper: what is told of a rule is what classification by it does."""
+"""All rules on paper: what is told of a rule is what it does."""
 
+import numpy as np
 import pytest
 from tests.early_exit.test_classifier import examples, fitted, model
 
 from palimpsest.early_exit.classifier import ExitClassifier
-from palimpsest.early_exit.frontier import Frontier, RuleLine, RulePoint, frontier
-from palimpsest.early_exit.rules import Confident, Fixed, Learned, Patience, Rule
+from palimpsest.early_exit.frontier import SETTINGS, SURENESS, Frontier, RuleLine, RulePoint, frontier
+from palimpsest.early_exit.rules import Confident, Fixed, Learned, Patience, Rule, exits_by, thresholds
 from palimpsest.errors import SpecError
 
 
@@ -14,29 +15,22 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("palimpsest.early_exit.bench.IN_A_ROW", 1.0)
 
 
-def rule(line: RuleLine, point: RulePoint, exits: ExitClassifier) -> Rule:
-    number = point.setting.split()[1 if line.name != "patience" else 0]
-    if line.name == "learned policy":
-        assert exits.policy is not None
-        return Learned(exits.policy, float(number))
-    if line.name == "patience":
-        return Patience(int(number))
-    if line.name == "fixed":
-        return Fixed(exits.layers.index(int(number)))
-    return Confident("max_probability" if line.name == "largest probability" else line.name, float(number))  # type: ignore[arg-type]
-
-
-def test_every_point_is_what_classification_does() -> None:
+def test_every_point_is_what_its_rule_does() -> None:
     exits, data = fitted(), examples(40, seed=5)
-    found = frontier(exits, data, batch_size=8)
-    assert found.lines[0].name == "learned policy" and found.n == 40 and found.chosen is None
+    assert exits.policy is not None and exits.settings is not None
+    found, table = frontier(exits, data, batch_size=8), exits.table(data)
+    prices = np.geomspace(*exits.settings.prices, SETTINGS).tolist()
+    rules: dict[str, list[Rule]] = {"learned policy": [Learned(exits.policy, price) for price in prices]}
+    for name, measure in SURENESS:
+        rules[name] = [Confident(measure, level) for level in thresholds(measure, table, SETTINGS)]
+    rules["patience"] = [Patience(times) for times in range(1, exits.stack.n_layers)]
+    rules["fixed"] = [Fixed(exit) for exit in range(exits.stack.n_layers)]
+    assert [line.name for line in found.lines] == list(rules) and found.n == 40 and found.chosen is None
     for line in found.lines:
+        left = [exits_by(rule, table) for rule in rules[line.name]]
+        expected = [(table.accuracy(taken), table.mean_layers(taken)) for taken in left]
+        assert sorted((point.accuracy, point.blocks) for point in line.points) == sorted(expected)
         assert [point.milliseconds for point in line.points] == sorted(point.milliseconds for point in line.points)
-        for point in line.points[:: max(1, len(line.points) // 3)]:
-            said = exits.classify(data.rows, rule=rule(line, point, exits), batch_size=8)
-            # A setting is told with three digits, so a row that lies at its threshold may go the other way.
-            assert point.accuracy == pytest.approx(float((said.labels == data.labels).float().mean()), abs=0.051)
-            assert point.blocks == pytest.approx(float(said.layers.float().mean()), abs=0.11)
     full = exits.classify(data.rows, rule=Fixed())
     assert found.whole.accuracy == pytest.approx(float((full.labels == data.labels).float().mean()))
     assert found.whole.blocks == exits.stack.n_layers and found.whole.milliseconds > 0
